@@ -1,0 +1,25 @@
+"""Visual Prompt Tuning for the vision transformers of ``transformers``."""
+
+from .backbones import Architecture, Head, register_architecture
+from .config import PromptConfig
+from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
+from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
+from .version import __version__
+
+__all__ = [
+    "AdapterError",
+    "Architecture",
+    "CheckpointError",
+    "ConfigError",
+    "Head",
+    "PromptConfig",
+    "RouteError",
+    "UnsupportedModelError",
+    "VPTError",
+    "VPTModel",
+    "__version__",
+    "get_adapter_state_dict",
+    "get_vpt_model",
+    "register_architecture",
+    "set_adapter_state_dict",
+]

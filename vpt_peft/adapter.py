@@ -1,0 +1,217 @@
+"""An adapter: one task's config, prompts, head and labels, and its copies of what it trains of the backbone."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backbones import Backbone
+from .config import PromptConfig
+from .errors import ConfigError
+from .passes import Pass
+from .plan import plan_steps
+from .prompts import Prompts
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+class Adapter(nn.Module):
+    """Everything that belongs to one task. The backbone is not part of it.
+
+    Args:
+        config: what to build.
+        backbone: what it is for; nothing of it is changed.
+        labels: ``id2label``, ``label2id``, ``problem_type`` where they differ from the model's.
+
+    Attributes:
+        model_config: the model's config with this task's labels.
+        steps: what each layer does with prompts, see :class:`~vpt_peft.plan.Step`.
+
+    Raises:
+        ConfigError, RouteError: the config does not fit the backbone.
+    """
+
+    def __init__(self, config: PromptConfig, backbone: Backbone, labels: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = config.replace(task_type=_task_type(config, backbone))
+        self.model_type = backbone.architecture.model_type
+        self.widths = backbone.widths
+        _check_pooling(config, backbone)
+        self.steps = plan_steps(config, len(backbone.layers), config.pooling in ("prompt", "global"))
+        fresh = {layer: self.widths[layer] for layer, step in enumerate(self.steps) if step and step.fresh}
+        _check_shared(config, fresh)
+        self.prompts = Prompts(config, fresh, backbone.patch_size).to(backbone.device)
+
+        self.model_config = copy.deepcopy(backbone.model.config)
+        for name, value in (labels or {}).items():
+            setattr(self.model_config, name, value)
+        self._heads = nn.ModuleDict()
+        for path in backbone.head.paths:
+            self._heads[_key(path)] = _own_head(backbone, path, self.model_config.num_labels)
+        saved = _modules_to_save(config, backbone)
+        self._copies = nn.ModuleDict({_key(path): clone(module) for path, module in saved.items()})
+        own = (*backbone.head.paths, *saved)
+        self._biases = nn.ParameterDict(
+            {_key(path): nn.Parameter(bias.detach().clone()) for path, bias in _biases(config, backbone, own).items()}
+        )
+        for parameter in self.parameters():
+            if parameter.is_floating_point():  # trained in float32 whatever the backbone's precision, as PEFT does
+                parameter.data = parameter.data.float()
+        self.requires_grad_(True)
+
+    @property
+    def modules_by_path(self) -> dict[str, nn.Module]:
+        """The adapter's own modules and the paths in the model where they stand in, head included."""
+        return {_path(key): module for part in (self._heads, self._copies) for key, module in part.items()}
+
+    @property
+    def biases_by_path(self) -> dict[str, nn.Parameter]:
+        """The adapter's own biases and the paths of the modules that they belong to."""
+        return {_path(key): bias for key, bias in self._biases.items()}
+
+    @property
+    def num_labels(self) -> int:
+        return int(self.model_config.num_labels)
+
+    @property
+    def owns_backbone_parts(self) -> bool:
+        """Whether it trains parts of the backbone besides the head."""
+        return len(self._copies) > 0 or len(self._biases) > 0
+
+    def begin(self, num_images: int) -> Pass:
+        """A new forward pass with this adapter."""
+        return Pass(
+            num_images, self.prompts, self.steps, self.modules_by_path, self.biases_by_path, self.config.pooling
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All its tensors, live, under the names of the adapter format (see :mod:`vpt_peft.checkpoint`)."""
+        tensors = self.prompts.tensors()
+        for kind, part in (("head", self._heads), ("modules", self._copies)):
+            for key, module in part.items():
+                state = module.state_dict(keep_vars=True)
+                tensors |= {f"{kind}.{_path(key)}.{name}": tensor for name, tensor in state.items()}
+        tensors |= {f"bias.{path}": bias for path, bias in self.biases_by_path.items()}
+        return tensors
+
+    def labels(self) -> dict[str, Any]:
+        """What the head's outputs mean."""
+        return {name: getattr(self.model_config, name) for name in ("id2label", "label2id", "problem_type")}
+
+
+def clone(module: nn.Module) -> nn.Module:
+    """A deep copy without hooks or doors, which would bring along whatever they hold on to."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        memo |= {id(part.__dict__[name]): OrderedDict() for name in HOOKS}
+        if "forward" in part.__dict__:
+            memo[id(part.__dict__["forward"])] = None
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        for name in HOOKS:  # one empty dict each: the memo shares its own
+            setattr(part, name, OrderedDict())
+        part.__dict__.pop("forward", None)
+    return copied
+
+
+def _own_head(backbone: Backbone, path: str, num_labels: int) -> nn.Module:
+    """A copy of the model's head; with a new output layer where it has another number of labels."""
+    head = clone(backbone.model.get_submodule(path))
+    if backbone.head.task_type != "IMAGE_CLASSIFICATION" or num_labels == backbone.model.config.num_labels:
+        return head
+    if isinstance(head, nn.Linear | nn.Identity):
+        return nn.Linear(backbone.num_features, num_labels).to(backbone.device)
+    raise ConfigError(
+        f"The head at '{path}' must be a linear layer to be replaced by one with {num_labels} labels, "
+        f"got {type(head).__name__}. Load the backbone with num_labels={num_labels}."
+    )
+
+
+def _task_type(config: PromptConfig, backbone: Backbone) -> str:
+    task_type = backbone.head.task_type
+    if config.task_type not in (None, task_type):
+        raise ConfigError(
+            f"{type(backbone.model).__name__} is for {task_type}, got task_type={config.task_type}. "
+            "Leave task_type out, or load the model class that fits it."
+        )
+    return task_type
+
+
+def _check_pooling(config: PromptConfig, backbone: Backbone) -> None:
+    if config.pooling != "default" and backbone.head.task_type != "IMAGE_CLASSIFICATION":
+        raise ConfigError(
+            f'pooling="{config.pooling}" chooses what a classifier reads, but {type(backbone.model).__name__} has none. '
+            'Use pooling="default".'
+        )
+
+
+def _check_shared(config: PromptConfig, fresh: Mapping[int, int]) -> None:
+    widths = sorted(set(fresh.values()))
+    if config.shared and not config.projection_dim and len(widths) > 1:
+        raise ConfigError(
+            f"shared=True needs layers of one width, got layers of widths {widths}. "
+            "Choose layers of one stage by layers_to_transform, or set projection_dim."
+        )
+
+
+def _modules_to_save(config: PromptConfig, backbone: Backbone) -> dict[str, nn.Module]:
+    """The modules named in ``modules_to_save`` by their paths; the head, which is saved anyway, is left out."""
+    found: dict[str, nn.Module] = {}
+    for name in config.modules_to_save or ():
+        matches = {
+            path: module
+            for path, module in backbone.model.named_modules()
+            if path == name or path.endswith("." + name)
+        }
+        if not matches:
+            raise ConfigError(
+                f"modules_to_save must name modules of {type(backbone.model).__name__}, got '{name}', which is none. "
+                "model.named_modules() lists them."
+            )
+        for path, module in matches.items():
+            if not any(path == head or path.startswith(head + ".") for head in backbone.head.paths):
+                found[path] = _check_free(path, module, backbone)
+    for path in found:
+        outer = [other for other in found if path.startswith(other + ".")]
+        if outer:
+            raise ConfigError(f"modules_to_save must not overlap, got '{path}' inside '{outer[0]}'. Name one of them.")
+    return found
+
+
+def _check_free(path: str, module: nn.Module, backbone: Backbone) -> nn.Module:
+    inside = {id(part) for part in module.modules()}
+    guarded = [backbone.trunk, *backbone.mergings.values()]
+    guarded += [part for layer in backbone.layers for part in (layer.module, layer.part("attention"))]
+    if any(id(part) in inside for part in guarded):
+        raise ConfigError(
+            f"modules_to_save must not name a module through which prompts pass, got '{path}'. "
+            "Name smaller parts, such as 'mlp' or 'layernorm_after'."
+        )
+    return module
+
+
+def _biases(config: PromptConfig, backbone: Backbone, own: tuple[str, ...]) -> dict[str, Tensor]:
+    """``{module path: bias}`` of all biases that the adapter has no copy of yet."""
+    if config.bias == "none":
+        return {}
+    return {
+        path: module.bias
+        for path, module in backbone.model.named_modules()
+        if isinstance(getattr(module, "bias", None), nn.Parameter)
+        and not any(path == one or path.startswith(one + ".") for one in own)
+    }
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "/")  # torch's containers take no dots
+
+
+def _path(key: str) -> str:
+    return key.replace("/", ".")

@@ -1,0 +1,166 @@
+"""PromptConfig: everything that defines a VPT adapter besides its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+TASK_TYPES = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "FEATURE_EXTRACTION")
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "init": ("uniform", "normal"),
+    "pooling": ("default", "image", "prompt", "global"),
+    "location": ("prepend",),
+    "bias": ("none", "all"),
+    "route": ("auto", "tokens", "key_value"),
+    "task_type": (None, *TASK_TYPES),
+    "peft_type": ("VPT",),
+}
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Configuration of a VPT adapter (Jia et al., Visual Prompt Tuning, ECCV 2022). A config that exists is valid.
+
+    Args:
+        num_tokens: prompt length p. 0 means no prompts: linear probing, or BitFit with ``bias="all"``.
+        deep: fresh prompts at every layer (VPT-Deep); ``False``: at layer 0 only (VPT-Shallow).
+        layers_to_transform: layers, counted from 0, that get fresh prompts (Swin's blocks are counted through the
+            stages); ``None``: all layers if ``deep``, else layer 0.
+        carry: what a prompt becomes in a layer flows on through the layers behind it until fresh prompts replace
+            it; ``False``: it ends behind its own layer.
+        shared: one set of prompts for all those layers.
+        projection_dim: learn prompts of this width and project them to the backbone's with one linear layer for
+            each width that the backbone has.
+        dropout: probability of dropping each element of the prompts, drawn per image, while training.
+        init: how prompts start: ``"uniform"``, as in the paper, or ``"normal"`` with standard deviation 0.02.
+        pooling: what the classifier reads: ``"default"`` (as the backbone does), or the mean over ``"image"`` tokens,
+            ``"prompt"`` tokens, or both (``"global"``), ``[CLS]`` left out.
+        location: where prompts enter; ``"prepend"``: as tokens beside the image's.
+        bias: ``"all"`` trains and saves a copy of the backbone's biases as well (BitFit).
+        modules_to_save: names of further modules to train and save as copies; the head always is.
+        route: how prompts reach a layer. ``"auto"`` takes keys and values only wherever that is exact.
+        base_model_name_or_path, revision, task_type, inference_mode, peft_type: as in PEFT's adapter_config.json.
+
+    Raises:
+        ConfigError: a value is out of range, of the wrong type, or contradicts another one.
+    """
+
+    num_tokens: int = 10
+    deep: bool = True
+    layers_to_transform: tuple[int, ...] | None = None
+    carry: bool = True
+    shared: bool = False
+    projection_dim: int | None = None
+    dropout: float = 0.0
+    init: str = "uniform"
+    pooling: str = "default"
+    location: str = "prepend"
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    route: str = "auto"
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    peft_type: str = "VPT"
+
+    def __post_init__(self) -> None:
+        _check_integer("num_tokens", self.num_tokens, minimum=0)
+        for name in ("deep", "carry", "shared", "inference_mode"):
+            _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        if self.projection_dim is not None:
+            _check_integer("projection_dim", self.projection_dim, minimum=1)
+        self._freeze("dropout", _probability(self.dropout))
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _check(value is None or isinstance(value, str), name, _one_of(choices), value)
+            _check(value in choices, name, _one_of(choices), value)
+        for name in ("base_model_name_or_path", "revision"):
+            _check(isinstance(getattr(self, name), str | None), name, "a string or None", getattr(self, name))
+        self._freeze("layers_to_transform", _layers(self.layers_to_transform))
+        self._freeze("modules_to_save", _module_names(self.modules_to_save))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if not self.deep and self.layers_to_transform not in (None, (0,)):
+            raise ConfigError(
+                f"deep=False puts fresh prompts into layer 0 only, got layers_to_transform="
+                f"{list(self.layers_to_transform or ())}. Leave deep=True to choose the layers."
+            )
+        if self.num_tokens == 0 and self.pooling in ("prompt", "global"):
+            raise ConfigError(f'pooling="{self.pooling}" reads prompts, got num_tokens=0. Use at least 1 token.')
+
+    def _freeze(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen; normalising happens only while it is made
+
+    def replace(self, **changes: Any) -> PromptConfig:
+        """A copy with some fields changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PromptConfig:
+        """The inverse of :meth:`to_dict`; every unknown field is named in one error."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(str(name) for name in set(values) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"PromptConfig has no field {', '.join(unknown)}. Known fields: {', '.join(known)}. "
+                "The adapter may come from a newer vpt-peft: update, or remove the field."
+            )
+        return cls(**values)
+
+
+def _check(condition: bool, name: str, expected: str, value: Any) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}.")
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    _check(is_integer, name, "an integer", value)
+    _check(value >= minimum, name, f"at least {minimum}", value)
+
+
+def _one_of(choices: tuple[str | None, ...]) -> str:
+    return "one of " + ", ".join(repr(choice) for choice in choices)
+
+
+def _probability(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    _check(is_number and 0 <= value < 1, "dropout", "a number from 0 to below 1", value)
+    return float(value)
+
+
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    expected = "None or a list of different layer numbers, counted from 0"
+    layers = [value] if isinstance(value, int) else value
+    _check(isinstance(layers, list | tuple | range) and len(layers) > 0, "layers_to_transform", expected, value)
+    for layer in layers:
+        _check(
+            isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0,
+            "layers_to_transform", expected, value,
+        )  # fmt: skip
+    _check(len(set(layers)) == len(layers), "layers_to_transform", expected, value)
+    return tuple(sorted(layers))
+
+
+def _module_names(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    is_names = isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value)
+    _check(is_names, "modules_to_save", "None or a list of module names", value)
+    return tuple(value) or None

@@ -1,0 +1,6 @@
+"""How prompts reach the layers of a backbone, and how an adapter's own modules stand in for the model's."""
+
+from .attachment import Attachment
+from .doors import has_doors
+
+__all__ = ["Attachment", "has_doors"]
