@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .backbones import Backbone
 from .config import PromptConfig
 from .errors import ConfigError
-from .passes import Pass
+from .passes import Group
 from .plan import plan_steps
 from .prompts import Prompts
 
@@ -85,10 +85,10 @@ class Adapter(nn.Module):
         """Whether it trains parts of the backbone besides the head."""
         return len(self._copies) > 0 or len(self._biases) > 0
 
-    def begin(self, num_images: int) -> Pass:
-        """A new forward pass with this adapter."""
-        return Pass(
-            num_images, self.prompts, self.steps, self.modules_by_path, self.biases_by_path, self.config.pooling
+    def group(self, rows: tuple[int, ...] | None = None) -> Group:
+        """Its images in a batch: all of them, or those with the numbers ``rows``."""
+        return Group(
+            self.prompts, self.steps, self.modules_by_path, self.biases_by_path, self.config.pooling, rows
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class Architecture:
         blocks: where attention is inside windows (Swin): the list of layers, seen from a stage.
         merging: the patch merging behind the last layer of a stage, seen from the stage, with ``norm`` and
             ``reduction`` in it; None in the last stage.
-        layer_state: attributes of a layer that its forward overwrites with what suits the current input.
+        overwrites_settings: a layer's forward overwrites its attributes with what suits the current input.
     """
 
     model_type: str
@@ -57,7 +57,7 @@ class Architecture:
     num_prefix_tokens: int = 1
     blocks: str | None = None
     merging: str | None = None
-    layer_state: tuple[str, ...] = ()
+    overwrites_settings: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
@@ -91,7 +91,7 @@ register_architecture(
         num_prefix_tokens=0,
         blocks="blocks",
         merging="downsample",
-        layer_state=("window_size", "shift_size"),
+        overwrites_settings=True,
     )
 )
 
@@ -115,14 +115,14 @@ class Layer:
     def width(self) -> int:
         return self.part("norm").weight.shape[0]
 
-    def normalize(self, tokens: Tensor) -> Tensor:
-        """Tokens of shape ``(..., width)`` as this layer's attention reads them."""
-        norm = self.part("norm")
-        return norm(tokens.to(norm.weight.device, norm.weight.dtype))
+    def place(self, tokens: Tensor) -> Tensor:
+        """Tokens on this layer's device and in its precision."""
+        weight = self.part("norm").weight
+        return tokens.to(weight.device, weight.dtype)
 
     def finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """What tokens become in the rest of the layer, given their attention's output, both ``(..., width)``."""
-        tokens = tokens.to(attended.device) + attended
+        tokens = tokens + attended
         return tokens + self.part("mlp")(self.part("mlp_norm")(tokens))
 
 

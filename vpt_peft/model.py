@@ -14,7 +14,7 @@ from .adapter import Adapter
 from .backbones import Backbone, find_backbone
 from .config import PromptConfig
 from .errors import AdapterError, RouteError
-from .passes import current
+from .passes import Pass, current
 from .routes import Attachment, has_doors
 from .version import __version__
 
@@ -84,10 +84,10 @@ class VPTModel(nn.Module):
             raise AdapterError("pixel_values must be given, got None. Use the backbone's image processor to make them.")
 
         adapter = self._active
-        running = adapter.begin(pixel_values.shape[0])
+        running = Pass(pixel_values.shape[0], [adapter.group()], self.training)
         with current.entered(running):
             output = self.base_model(pixel_values, return_dict=True, **kwargs)
-        expected = sum(step is not None for step in adapter.steps)
+        expected = sum(running.meets(layer) for layer in range(len(self._backbone.layers)))
         if running.num_reached != expected:
             raise RouteError(
                 f"Prompts must reach {expected} layers, but reached {running.num_reached}: the backbone skipped some, "
@@ -152,13 +152,30 @@ class VPTModel(nn.Module):
         self.base_model.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Trades time for memory while training, layer by layer, as the backbone's own method does."""
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Trades time for memory while training, layer by layer. Arguments are those of the backbone's own method."""
+        enable = getattr(self.base_model, "activation_checkpointing_enable", None)
+        if enable is None:  # transformers before the method got its new name
+            self.base_model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        else:
+            enable(activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Ends what :meth:`activation_checkpointing_enable` began."""
+        disable = getattr(self.base_model, "activation_checkpointing_disable", None)
+        (disable or self.base_model.gradient_checkpointing_disable)()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Ends what :meth:`gradient_checkpointing_enable` began."""
-        self.base_model.gradient_checkpointing_disable()
+        """The older name of :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Number of parameters that train, and of all."""

@@ -10,49 +10,79 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .prompts import Prompts
+from .backbones import Layer
 from .plan import Step
+from .prompts import Prompts
+
+
+@dataclass(eq=False)
+class Group:
+    """The images of a batch that belong to one adapter.
+
+    Attributes:
+        prompts, steps: the adapter's prompts, and its plan, one step a layer; the bare backbone has neither.
+        modules: ``{path: module}`` standing in for modules of the model; biases: ``{path: tensor}`` likewise.
+        pooling: what the classifier reads.
+        rows: numbers of the images; None: all of them.
+        tokens: what the last layer's prompts became, ``(images of the group, num_tokens, width)``, where it is read.
+    """
+
+    prompts: Prompts | None = None
+    steps: Sequence[Step | None] = ()
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    pooling: str = "default"
+    rows: tuple[int, ...] | None = None
+    tokens: Tensor | None = None
+
+    def step(self, layer: int) -> Step | None:
+        return self.steps[layer] if self.prompts is not None else None
+
+    def select(self, batch: Tensor) -> Tensor:
+        """The rows of a batch that are the group's."""
+        return batch if self.rows is None else batch[list(self.rows)]
 
 
 @dataclass(eq=False)
 class Pass:
-    """One forward pass with one adapter.
+    """One forward pass of one batch.
 
     Attributes:
-        num_images: images in the batch.
-        prompts, steps: the adapter's prompts and its plan, one step a layer.
-        modules: ``{path: module}`` standing in for modules of the model; biases: ``{path: tensor}`` likewise.
-        pooling: what the classifier reads.
-        tokens: what the last layer's prompts became, ``(num_images, num_tokens, width)``, where it is read.
+        num_images: images in the batch; groups: whose they are.
+        training: gradients will be wanted.
         num_reached: layers that have met their prompts so far.
         last_hidden_state: the trunk's output, ``(num_images, num_tokens, width)``.
     """
 
     num_images: int
-    prompts: Prompts
-    steps: Sequence[Step | None]
-    modules: Mapping[str, nn.Module]
-    biases: Mapping[str, Tensor]
-    pooling: str
-    tokens: Tensor | None = None
+    groups: Sequence[Group]
+    training: bool
     num_reached: int = 0
     last_hidden_state: Tensor | None = None
+
+    def meets(self, layer: int) -> bool:
+        """Whether any image has prompts in a layer."""
+        return any(group.step(layer) is not None for group in self.groups)
 
 
 @dataclass(eq=False)
 class Visit:
-    """A pass inside one layer: the prompts that came in, and what they became, if they live on."""
+    """A pass inside one layer.
+
+    Attributes:
+        entered: what the previous layer made of its prompts, for each group.
+        left: what this layer makes of its own, likewise.
+        met: the attention has seen the prompts.
+    """
 
     of: Pass
-    layer: Any
-    step: Step | None
-    entered: Tensor | None
-    left: Tensor | None = None
+    layer: Layer
+    entered: Sequence[Tensor | None]
+    left: list[Tensor | None]
     met: bool = False
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..backbones import Layer
-from ..errors import RouteError
 from ..passes import Visit, current
 from .doors import View
+from .masks import pad_mask
+from .seating import find_guests, seat_guests
 
 NAME = "vpt_peft"
 
@@ -65,63 +66,32 @@ def prompted_attention(
     )
     bare = View(module, config=config.bare)
     visit = current.get()
-    if not isinstance(visit, Visit) or visit.step is None:
+    guests = find_guests(visit) if isinstance(visit, Visit) else []
+    if not guests or not isinstance(visit, Visit):
         return attend(bare, query, key, value, attention_mask, **kwargs)
 
     visit.met = True
-    layer, as_tokens, num_images = visit.layer, visit.step.route == "tokens", visit.of.num_images
+    layer, num_images = visit.layer, visit.of.num_images
     num_windows, num_tokens = query.shape[0] // num_images, query.shape[2]
-    prompts = visit.of.prompts(layer.index, num_images) if visit.step.fresh else visit.entered
-    normalized = layer.normalize(prompts)
+    seating = seat_guests(guests, num_images)
+    normalized = layer.part("norm")(seating.tokens)
 
     def project(name: str, like: Tensor) -> Tensor:
         heads = layer.part(name)(normalized).unflatten(-1, (-1, like.shape[-1])).transpose(1, 2)
-        return in_windows(heads.to(like.dtype), num_images, num_windows)
+        return seating.seat(heads.to(like.dtype), num_images, num_windows)
 
+    as_tokens = any(guest.lives_on for guest in guests)
+    mask = pad_mask(attention_mask, query, seating.num_places, as_tokens, seating.taken)
     key = torch.cat([key, project("key", key)], dim=2)
     value = torch.cat([value, project("value", value)], dim=2)
-    if as_tokens:
-        query = torch.cat([query, project("query", query)], dim=2)
-    mask = pad_mask(attention_mask, prompts.shape[1], as_tokens)
+    if not as_tokens:
+        return attend(bare, query, key, value, mask, **kwargs)
+
+    query = torch.cat([query, project("query", query)], dim=2)
     attended, weights = attend(bare, query, key, value, mask, **kwargs)
-    if as_tokens:
-        became = attended[:, num_tokens:].flatten(2).unflatten(0, (num_images, num_windows)).mean(1)
-        visit.left = layer.finish(prompts, layer.part("output")(became))
-        attended = attended[:, :num_tokens]
-        weights = weights if weights is None else weights[:, :, :num_tokens]
-    return attended, weights
-
-
-def in_windows(heads: Tensor, num_images: int, num_windows: int) -> Tensor:
-    """Prompts of all images, ``(1 or num_images, num_heads, p, head_dim)``, in every window of their image:
-    ``(num_images · num_windows, num_heads, p, head_dim)``, windows ordered by image."""
-    windows = heads.unsqueeze(1).expand(num_images, num_windows, -1, -1, -1)
-    return windows.flatten(0, 1)
-
-
-def pad_mask(mask: Any, num_prompts: int, for_queries: bool) -> Any:
-    """The image's attention mask with room for prompts behind its keys and, ``for_queries``, behind its queries.
-
-    Prompts have no position, so no bias, and are never masked. As queries they see what any image token may see.
-    A mask that does not exist stays so (the fused kernels are fastest without).
-
-    Args:
-        mask: None; boolean, True where visible; or additive; ``(..., num_queries, num_keys)``.
-    """
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        came = f"{mask.ndim}-dimensional" if isinstance(mask, Tensor) else type(mask).__name__
-        raise RouteError(
-            f"Prompts need an attention mask of 4 dimensions or none, got a {came} one. "
-            "Leave attention_mask out, or use the 'sdpa' or 'eager' attention implementation."
-        )
-    if for_queries:
-        if mask.dtype == torch.bool:
-            visible = mask.any(dim=-2, keepdim=True)
-        else:
-            reach = mask.amax(dim=-2, keepdim=True)
-            hidden = torch.finfo(mask.dtype).min / 2
-            visible = torch.where(reach < hidden, reach, torch.zeros_like(reach))
-        mask = torch.cat([mask, visible.expand(*mask.shape[:-2], num_prompts, -1)], dim=-2)
-    return nn.functional.pad(mask, (0, num_prompts), value=True if mask.dtype == torch.bool else 0.0)
+    became = attended[:, num_tokens:].flatten(2).unflatten(0, (num_images, num_windows)).mean(1)
+    for guest in guests:
+        if guest.lives_on:
+            own = guest.group.select(became)[:, : guest.tokens.shape[1]]
+            visit.left[guest.number] = layer.finish(guest.tokens, layer.part("output")(own))
+    return attended[:, :num_tokens], weights if weights is None else weights[:, :, :num_tokens]

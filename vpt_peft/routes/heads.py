@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..passes import Pass, current_pass
+from ..passes import Group, Pass, current_pass
 from .doors import Door, View
 
 
@@ -18,13 +19,13 @@ class TrunkDoor(Door):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.forward(*args, **kwargs)
         running = current_pass()
-        if running is not None and running.pooling != "default":
+        if running is not None and any(group.pooling != "default" for group in running.groups):
             running.last_hidden_state = output.last_hidden_state
         return output
 
 
 class StandInDoor(Door):
-    """Lets the adapter's own module or bias stand in for the model's."""
+    """Lets the adapter's own copy or bias stand in for the model's. Adapters that have any never share a pass."""
 
     def __init__(self, module: nn.Module, path: str) -> None:
         super().__init__(module)
@@ -32,54 +33,76 @@ class StandInDoor(Door):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = current_pass()
-        if running is None:
-            return self.forward(*args, **kwargs)
-        if self.path in running.modules:
-            return self._call_module(running.modules[self.path], *args, **kwargs)
-        if self.path in running.biases:
+        group = running.groups[0] if running is not None else Group()
+        if self.path in group.modules:
+            return call_in_own_precision(group.modules[self.path], *args, **kwargs)
+        if self.path in group.biases:
+            bias = group.biases[self.path].to(args[0].device)
             weight = getattr(self.module, "weight", None)
-            bias = running.biases[self.path]
-            bias = bias.to(weight) if isinstance(weight, Tensor) and weight.is_floating_point() else bias
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                bias = bias.to(weight.dtype)
             return type(self.module).forward(View(self.module, bias=bias), *args, **kwargs)
         return self.forward(*args, **kwargs)
 
-    def _call_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Trained copies may be kept in another precision than the backbone around them."""
-        return module(*(_like(module, value) for value in args), **kwargs)
 
-
-class HeadDoor(StandInDoor):
-    """Calls the adapter's own head, on what the adapter's pooling gives it."""
+class HeadDoor(Door):
+    """Calls each adapter's own head, on what its pooling gives it."""
 
     def __init__(self, backbone: Backbone, path: str) -> None:
-        super().__init__(backbone.model.get_submodule(path), path)
+        super().__init__(backbone.model.get_submodule(path))
         self.backbone = backbone
+        self.path = path
 
-    def _call_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
         running = current_pass()
-        if running is not None and running.pooling != "default":
-            args = (pool_tokens(running, self.backbone), *args[1:])
-        return super()._call_module(module, *args, **kwargs)
+        if running is None:
+            return self.forward(features, *args, **kwargs)
+        outputs = [self._call_head(running, group, features, *args, **kwargs) for group in running.groups]
+        return outputs[0] if running.groups[0].rows is None else in_rows(outputs, running)
+
+    def _call_head(self, running: Pass, group: Group, features: Any, *args: Any, **kwargs: Any) -> Any:
+        if group.pooling != "default":
+            features = pool_tokens(running, group, self.backbone)
+        else:
+            features = group.select(features) if group.rows is not None else features
+        if self.path in group.modules:
+            return call_in_own_precision(group.modules[self.path], features, *args, **kwargs)
+        return self.forward(features, *args, **kwargs)
 
 
-def _like(module: nn.Module, value: Any) -> Any:
-    parameter = next(module.parameters(), None)
-    if not isinstance(value, Tensor) or parameter is None or not value.is_floating_point():
-        return value
-    if torch.is_autocast_enabled(value.device.type):
-        return value.to(parameter.device)
-    return value.to(parameter.device, parameter.dtype if parameter.is_floating_point() else value.dtype)
-
-
-def pool_tokens(running: Pass, backbone: Backbone) -> Tensor:
+def pool_tokens(running: Pass, group: Group, backbone: Backbone) -> Tensor:
     """What an adapter's ``pooling`` gives to the classifier: the mean over image tokens, prompts or both, behind the
-    final norm and without ``[CLS]``, ``(num_images, width)``."""
+    final norm and without ``[CLS]``, ``(images of the group, width)``."""
     assert running.last_hidden_state is not None  # the trunk has just run
-    image = running.last_hidden_state[:, backbone.architecture.num_prefix_tokens :]
-    if running.pooling == "image":
+    image = group.select(running.last_hidden_state)[:, backbone.architecture.num_prefix_tokens :]
+    if group.pooling == "image":
         return image.mean(1)
-    assert running.tokens is not None  # the plan makes sure of it
-    prompts = backbone.final_norm(running.tokens)
-    if running.pooling == "prompt":
+    assert group.tokens is not None  # the plan makes sure of it
+    prompts = backbone.final_norm(group.tokens)
+    if group.pooling == "prompt":
         return prompts.mean(1)
     return torch.cat([image, prompts], dim=1).mean(1)
+
+
+def in_rows(outputs: Sequence[Tensor], running: Pass) -> Tensor:
+    """Logits of all groups in the batch's order, ``(num_images, most labels)``, with ``-inf`` behind a task's own."""
+    width = max(output.shape[1] for output in outputs)
+    padded = [nn.functional.pad(output, (0, width - output.shape[1]), value=-torch.inf) for output in outputs]
+    order = [row for group in running.groups for row in group.rows or ()]
+    positions = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(padded)[positions]
+
+
+def call_in_own_precision(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module that may be kept in another precision, or on another device, than the backbone around it."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or not parameter.is_floating_point():
+        return module(*args, **kwargs)
+
+    def like(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        autocast = torch.is_autocast_enabled(value.device.type)
+        return value.to(parameter.device, value.dtype if autocast else parameter.dtype)
+
+    return module(*map(like, args), **kwargs)

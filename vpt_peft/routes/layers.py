@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -26,26 +26,36 @@ class LayerDoor(Door):
         running = current_pass()
         if running is None:
             return self.forward(*args, **kwargs)
-        visit = partial(self._visit, running, **kwargs)
-        if running.prompts.training and getattr(self.module, "gradient_checkpointing", False):
-            output, running.tokens = self._checkpoint(visit, running.tokens, *args)
-        else:
-            output, running.tokens = visit(running.tokens, *args)
-        running.num_reached += running.steps[self.layer.index] is not None
+        run = partial(self._visit, running, **kwargs)
+        if running.training and getattr(self.module, "gradient_checkpointing", False):
+            run = partial(self._checkpoint, run)
+        output, left = run(tuple(group.tokens for group in running.groups), *args)
+        for group, tokens in zip(running.groups, left, strict=True):
+            group.tokens = tokens
+        running.num_reached += running.meets(self.layer.index)
         return output
 
-    def _visit(self, running: Pass, tokens: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+    def _visit(self, running: Pass, entered: Sequence[Tensor | None], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Runs the layer; all that a recomputation in the backward pass needs comes in as arguments."""
-        visit = Visit(running, self.layer, running.steps[self.layer.index], tokens)
-        with current.entered(visit), self._state_kept():
-            output = self.forward(*args, **kwargs)
-        if visit.step is not None and not visit.met:
+        visit = Visit(running, self.layer, entered, [None] * len(entered))
+        with current.entered(visit):
+            output = self._own_forward(*args, **kwargs)
+        if running.meets(self.layer.index) and not visit.met:
             raise RouteError(
                 f"Prompts did not reach the attention of layer {self.layer.index} "
                 f"({type(self.layer.part('attention')).__name__}), whose output would be the bare backbone's. "
                 "Its code was replaced or ignores the attention interface: unload and attach the adapter again."
             )
-        return output, visit.left
+        return output, tuple(visit.left)
+
+    @property
+    def _own_forward(self) -> Callable[..., Any]:
+        """The layer's forward. Where it overwrites settings to suit an input (Swin's window and shift sizes), it works
+        on a shallow copy that shares all parameters, so that no input changes what others get, before or after."""
+        if not self.layer.architecture.overwrites_settings or self.previous is not None:
+            return self.forward
+        layer = copy(self.module)
+        return partial(type(layer).forward, layer)
 
     @property
     def _checkpoint(self) -> Callable[..., Any]:
@@ -58,17 +68,6 @@ class LayerDoor(Door):
             )
         return function  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _state_kept(self) -> Iterator[None]:
-        """Restores what the layer's forward overwrites to suit an input (Swin's window and shift sizes), so that
-        one input never changes the next one's result."""
-        state = {name: getattr(self.module, name) for name in self.layer.architecture.layer_state}
-        try:
-            yield
-        finally:
-            for name, value in state.items():
-                setattr(self.module, name, value)
-
 
 class MergingDoor(Door):
     """Carries prompts through Swin's patch merging: four copies of a prompt take the place of four patches."""
@@ -76,6 +75,7 @@ class MergingDoor(Door):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.forward(*args, **kwargs)
         running = current_pass()
-        if running is not None and running.tokens is not None:
-            running.tokens = self.module.reduction(self.module.norm(running.tokens.repeat(1, 1, 4)))
+        for group in running.groups if running is not None else ():
+            if group.tokens is not None:
+                group.tokens = self.module.reduction(self.module.norm(group.tokens.repeat(1, 1, 4)))
         return output
