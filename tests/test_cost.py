@@ -7,10 +7,13 @@ a query, an output projection or an MLP computed for prompts whose result nobody
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,7 +146,7 @@ def training(num_tokens: int, fused: bool = False) -> tuple[Cost, Cost]:
     """A training step of ViT-B/16 with prompts, and one by plain concatenation."""
     concatenated = count(Concatenated(vit_b16(), num_tokens), training=True, fused=fused)
     with prompted(vit_b16(), num_tokens) as vpt:
-        return count(vpt, training=True, fused=fused), concatenated
+        return count(vpt.train(), training=True, fused=fused), concatenated
 
 
 def test_a_count_without_data_is_the_count_of_a_real_run() -> None:
@@ -191,7 +194,33 @@ def test_prompts_add_a_few_percent_to_inference_in_windows() -> None:
 
 def test_training_in_windows_needs_fewer_operations_than_the_tokens_route() -> None:
     with prompted(swin_t(), 50) as vpt:
-        ours = count(vpt, training=True)
+        ours = count(vpt.train(), training=True)
     with prompted(swin_t(), 50, route="tokens") as vpt:
-        tokens = count(vpt, training=True)
+        tokens = count(vpt.train(), training=True)
     Ratio(ours.flops, tokens.flops).check(0.85)
+
+
+def test_the_speed_benchmark_fills_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it measures is not asked here, only that each variant was measured."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    arguments = ["--backbone", "tiny-vit", "tiny-swin", "--tokens", "1", "3", "--batch", "2", "--runs", "2"]
+    import_module("speed").main([*arguments, "--output", str(tmp_path / "new" / "speed.json")])
+
+    head, rule, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert head[:4] == ["backbone", "work", "p", "keys and values, ms"]
+    assert set(rule) == {"---"} and len(rule) == len(head)
+    expected = [(one, work, p) for one in ("tiny-vit", "tiny-swin") for work in ("inference", "training") for p in "13"]
+    assert [tuple(line[:3]) for line in lines] == expected
+
+    report = json.loads((tmp_path / "new" / "speed.json").read_text())
+    assert report["environment"]["torch"] == torch.__version__
+    assert all(len(times) == 2 for run in report["runs"] for times in run["seconds"].values())
+    common = {"linear", "key_value", "tokens"}
+    for row in report["rows"]:
+        names = common | {"bare" if row["work"] == "inference" else "full"}
+        names |= {"concatenated"} if row["backbone"] == "tiny-vit" else set()
+        assert set(row["milliseconds"]) == set(row["to_key_value"]) == names
+        assert row["to_key_value"]["key_value"] == 1
+        assert ("to_bare" in row) == (row["work"] == "inference")

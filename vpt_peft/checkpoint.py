@@ -45,6 +45,11 @@ class Saved:
     widths: list[int]
     tensors: dict[str, Tensor]
 
+    def matches(self, adapter: Adapter) -> bool:
+        """Whether it was saved from an adapter of the same config and number of labels."""
+        own = adapter.config.replace(inference_mode=self.config.inference_mode)
+        return self.config == own and len(self.labels["id2label"]) == adapter.num_labels
+
 
 def save(adapter: Adapter, folder: str | os.PathLike[str], version: str) -> None:
     """Writes an adapter folder; each file is replaced as a whole."""
@@ -81,6 +86,12 @@ def load(folder: str | os.PathLike[str]) -> Saved:
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"Expected an adapter folder, got '{path}', which does not exist or is no folder.")
+    inner = [entry.parent for entry in sorted(path.glob(f"*/{CONFIG_NAME}"))]
+    if not (path / CONFIG_NAME).exists() and len(inner) > 1:
+        names = ", ".join(folder.name for folder in inner)
+        raise CheckpointError(f"'{path}' holds several adapters: {names}. Give the folder of one of them.")
+    if not (path / CONFIG_NAME).exists() and inner:
+        path = inner[0]
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (path / name).is_file():
             there = sorted(entry.name for entry in path.iterdir())

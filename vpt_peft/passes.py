@@ -6,7 +6,7 @@ that runs it. Nothing else in the package is global.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ class Group:
         modules: ``{path: module}`` standing in for modules of the model; biases: ``{path: tensor}`` likewise.
         pooling: what the classifier reads.
         rows: numbers of the images; None: all of them.
+        keep: while serving, keeps prompts' keys and values between calls: ``keep(layer, sources, compute)``.
         tokens: what the last layer's prompts became, ``(images of the group, num_tokens, width)``, where it is read.
     """
 
@@ -37,6 +38,7 @@ class Group:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     pooling: str = "default"
     rows: tuple[int, ...] | None = None
+    keep: Callable[..., list[Tensor]] | None = None
     tokens: Tensor | None = None
 
     def step(self, layer: int) -> Step | None:

@@ -10,7 +10,7 @@ finishes the layer for the prompts; in the key/value route that work is never do
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..backbones import Layer
 from ..passes import Visit, current
 from .doors import View
 from .masks import pad_mask
-from .seating import find_guests, seat_guests
+from .seating import Guest, Seating, find_guests, seat_guests
 
 NAME = "vpt_peft"
 
@@ -74,20 +74,19 @@ def prompted_attention(
     layer, num_images = visit.layer, visit.of.num_images
     num_windows, num_tokens = query.shape[0] // num_images, query.shape[2]
     seating = seat_guests(guests, num_images)
-    normalized = layer.part("norm")(seating.tokens)
-
-    def project(name: str, like: Tensor) -> Tensor:
-        heads = layer.part(name)(normalized).unflatten(-1, (-1, like.shape[-1])).transpose(1, 2)
-        return seating.seat(heads.to(like.dtype), num_images, num_windows)
-
     as_tokens = any(guest.lives_on for guest in guests)
     mask = pad_mask(attention_mask, query, seating.num_places, as_tokens, seating.taken)
-    key = torch.cat([key, project("key", key)], dim=2)
-    value = torch.cat([value, project("value", value)], dim=2)
+    projected = project_prompts(layer, ("key", "value", "query") if as_tokens else ("key", "value"), seating, guests)
+
+    def join(image: Tensor, prompts: Tensor) -> Tensor:
+        heads = prompts.to(image.dtype).unflatten(-1, (-1, image.shape[-1])).transpose(1, 2)
+        return torch.cat([image, seating.seat(heads, num_images, num_windows)], dim=2)
+
+    key, value = join(key, projected[0]), join(value, projected[1])
     if not as_tokens:
         return attend(bare, query, key, value, mask, **kwargs)
 
-    query = torch.cat([query, project("query", query)], dim=2)
+    query = join(query, projected[2])
     attended, weights = attend(bare, query, key, value, mask, **kwargs)
     became = attended[:, num_tokens:].flatten(2).unflatten(0, (num_images, num_windows)).mean(1)
     for guest in guests:
@@ -95,3 +94,17 @@ def prompted_attention(
             own = guest.group.select(became)[:, : guest.tokens.shape[1]]
             visit.left[guest.number] = layer.finish(guest.tokens, layer.part("output")(own))
     return attended[:, :num_tokens], weights if weights is None else weights[:, :, :num_tokens]
+
+
+def project_prompts(layer: Layer, names: Sequence[str], seating: Seating, guests: Sequence[Guest]) -> list[Tensor]:
+    """The prompts' keys, values and so on in a layer, each ``(..., width)``; from the cache, if they have one."""
+    norm, projections = layer.part("norm"), [layer.part(name) for name in names]
+
+    def compute() -> list[Tensor]:
+        normalized = norm(seating.tokens)
+        return [projection(normalized) for projection in projections]
+
+    keep = guests[0].group.keep
+    if keep is None or not guests[0].fresh:
+        return compute()
+    return keep(layer.index, (guests[0].group.prompts, norm, *projections), compute)

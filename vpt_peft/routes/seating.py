@@ -18,12 +18,14 @@ class Guest:
     Attributes:
         number: the group's number in the pass.
         tokens: ``(1 or images of the group, p, width)``.
+        fresh: they are the layer's own.
         lives_on: something reads what they become.
     """
 
     number: int
     group: Group
     tokens: Tensor
+    fresh: bool
     lives_on: bool
 
 
@@ -64,7 +66,7 @@ def find_guests(visit: Visit) -> list[Guest]:
         num_images = visit.of.num_images if group.rows is None else len(group.rows)
         tokens = group.prompts(visit.layer.index, num_images) if step.fresh else entered
         assert tokens is not None  # the plan carries prompts only from where they are
-        guests.append(Guest(number, group, visit.layer.place(tokens), step.route == "tokens"))
+        guests.append(Guest(number, group, visit.layer.place(tokens), step.fresh, step.route == "tokens"))
     return guests
 
 

@@ -1,0 +1,36 @@
+"""Tries the installed wheel: run by ``make package`` in an environment that holds nothing else."""
+
+import importlib.util
+import tempfile
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+import vpt_peft
+from vpt_peft import PromptConfig, VPTModel, get_vpt_model
+
+folder = Path(vpt_peft.__file__).parent
+assert "site-packages" in folder.parts, f"vpt_peft must come from the wheel, got {folder}"
+assert version("vpt-peft") == vpt_peft.__version__, f"{version('vpt-peft')} is not {vpt_peft.__version__}"
+for name in ("py.typed", "card_template.md"):
+    assert files("vpt_peft").joinpath(name).is_file(), f"the wheel lacks {name}"
+for name in ("pytest", "sklearn", "PIL"):
+    assert importlib.util.find_spec(name) is None, f"{name} must not be needed, but is installed"
+
+
+def backbone() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8))
+
+
+pixels = torch.rand(2, 3, 16, 16)
+vpt = get_vpt_model(backbone(), PromptConfig(num_tokens=3)).eval()
+with tempfile.TemporaryDirectory() as saved, torch.no_grad():
+    vpt.save_pretrained(saved)
+    again = VPTModel.from_pretrained(backbone(), saved)
+    assert torch.equal(vpt(pixels).logits, again(pixels).logits)
+print(f"vpt_peft {vpt_peft.__version__} works from its wheel, with torch {torch.__version__}")

@@ -1,0 +1,70 @@
+# make quickstart    set up .venv and run the first example
+# make test          lint, type check and tests
+# make test-oldest   the tests with the oldest supported torch, transformers, huggingface_hub and safetensors
+# make package       build the wheel, install it into a clean environment and try it there
+# make clean         remove everything that these made
+# make format        put the code into the form that `make test` asks for
+#
+# Variables: PYTHON, the interpreter to use (3.10 or later); WORKERS, how many tests run at a time.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+OLDEST := .venv-oldest
+CLEAN := .venv-package
+
+# One thread for each worker: tiny models gain nothing from more, and workers would fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help setup quickstart test lint format types tests test-oldest package clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+setup: $(VENV)/.installed
+
+quickstart: setup
+	$(VENV)/bin/python examples/quickstart.py
+
+test: lint types tests
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: setup
+	$(VENV)/bin/mypy
+
+tests: setup
+	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS)
+
+test-oldest: $(OLDEST)/.installed
+	$(PYTEST) $(OLDEST)/bin/python -m pytest -n $(WORKERS)
+
+package: setup
+	rm -rf build dist $(CLEAN)
+	$(VENV)/bin/python -m build --quiet --outdir dist .
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/python -m pip install -c constraints/current.txt dist/*.whl
+	cd $(CLEAN) && bin/python -I ../.ci/check_wheel.py
+
+clean:
+	rm -rf $(VENV) $(OLDEST) $(CLEAN) build dist *.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A set-up is done again when what it installs has changed.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints/current.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints/current.txt -e '.[dev,test]'
+	touch $@
+
+$(OLDEST)/.installed: setup.cfg pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c constraints/oldest.txt -e '.[test]'
+	touch $@

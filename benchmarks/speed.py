@@ -1,0 +1,283 @@
+"""How long a forward pass and a training step take, with prompts by each route and without.
+
+    python benchmarks/speed.py --backbone vit-b16 swin-t --tokens 1 10 50 100 200
+    python benchmarks/speed.py --device cuda --dtype bfloat16 --batch 64 --compile
+
+Weights are random, nothing is downloaded. All variants live in one process and take turns, in a new random order
+each round, so that a noisy or throttled machine slows all of them alike. A ratio is the median over rounds of the
+ratio within a round. Prints a Markdown table; ``--output`` writes all single times as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+
+from vpt_peft import PromptConfig, get_vpt_model
+
+LABELS = 100
+TINY = {"image_size": 32, "num_labels": LABELS}
+TINY_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+BACKBONES: dict[str, tuple[type[PreTrainedModel], Any]] = {
+    "vit-b16": (ViTForImageClassification, ViTConfig(num_labels=LABELS)),
+    "swin-t": (SwinForImageClassification, SwinConfig(num_labels=LABELS)),
+    "tiny-vit": (ViTForImageClassification, ViTConfig(**TINY, **TINY_VIT, patch_size=8)),
+    "tiny-swin": (
+        SwinForImageClassification,
+        SwinConfig(**TINY, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4, patch_size=2),
+    ),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+WORK = ("inference", "training")
+COLUMNS = {
+    "bare": "bare backbone",
+    "linear": "linear head",
+    "key_value": "keys and values",
+    "tokens": "tokens route",
+    "concatenated": "concatenated",
+    "full": "full fine-tuning",
+}
+
+
+class Concatenated(nn.Module):
+    """VPT-Deep as it is usually written: prompts are tokens like any other through whole layers. ViT only."""
+
+    def __init__(self, model: PreTrainedModel, num_tokens: int) -> None:
+        super().__init__()
+        self.trunk, width = model.base_model, model.config.hidden_size
+        self.prompts = nn.ParameterList(0.1 * torch.randn(num_tokens, width) for _ in self.trunk.layers)
+        self.head = nn.Linear(width, LABELS)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        hidden = self.trunk.embeddings(pixel_values)
+        for layer, prompts in zip(self.trunk.layers, self.prompts, strict=True):
+            tokens = prompts.to(hidden.dtype).expand(len(hidden), -1, -1)
+            hidden = layer(torch.cat([tokens, hidden], dim=1))[:, len(prompts) :]
+        return self.head(self.trunk.layernorm(hidden)[:, 0].to(self.head.weight.dtype))
+
+
+@dataclass
+class Variant:
+    """A way to use the backbone: ``name`` is a key of ``COLUMNS``, ``num_tokens`` None where it has no prompts."""
+
+    name: str
+    num_tokens: int | None
+    model: nn.Module
+    compiled: bool = False
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
+        self.call = self.model
+        if self.compiled:  # variants share code, but must not wade through each other's graphs
+            self.call = torch.compile(self.model, fullgraph=True, dynamic=False, isolate_recompiles=True)
+
+    def does(self, work: str) -> bool:
+        return self.name != ("full" if work == "inference" else "bare")
+
+    def run(self, work: str, pixel_values: Tensor, labels: Tensor) -> None:
+        """One forward pass; in training, with loss, backward pass and an AdamW step of what is trained."""
+        if work == "inference":
+            with torch.inference_mode():
+                self.call(pixel_values)
+            return
+        assert self.optimizer is not None
+        output = self.call(pixel_values)
+        nn.functional.cross_entropy(getattr(output, "logits", output).float(), labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights and optimizer state, which would lie in memory if this variant were alone."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        states = self.optimizer.state.values() if self.optimizer else ()
+        tensors += [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """The model once more, with the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
+    """All variants of a backbone. One frozen copy of its weights serves all but full fine-tuning."""
+    torch.manual_seed(0)
+    model_class, config = BACKBONES[backbone]
+    model = model_class(copy.deepcopy(config)).to(args.device, DTYPES[args.dtype]).eval()
+    full = copy.deepcopy(model)
+    model.requires_grad_(False)
+
+    def prompted(num_tokens: int, route: str) -> nn.Module:
+        return get_vpt_model(share(model), PromptConfig(num_tokens=num_tokens, route=route))
+
+    variants = [("bare", None, model), ("linear", None, prompted(0, "auto")), ("full", None, full)]
+    for num_tokens in args.tokens:
+        variants.append(("key_value", num_tokens, prompted(num_tokens, "auto")))
+        variants.append(("tokens", num_tokens, prompted(num_tokens, "tokens")))
+        if isinstance(model, ViTForImageClassification):
+            variants.append(("concatenated", num_tokens, Concatenated(share(model), num_tokens).to(args.device)))
+    return [Variant(*variant, compiled=args.compile) for variant in variants]
+
+
+def measure(variants: Sequence[Variant], work: str, args: argparse.Namespace) -> None:
+    """Lets the variants take turns, and notes their times and, on a GPU, their peak memory."""
+    device, size = torch.device(args.device), next(iter(variants)).model.config.image_size
+    pixel_values = torch.randn(args.batch, 3, size, size, device=device, dtype=DTYPES[args.dtype])
+    labels = torch.randint(LABELS, (args.batch,), device=device)
+    turns = [variant for variant in variants if variant.does(work)]
+    for variant in turns:
+        variant.model.train(work == "training")
+        variant.seconds[work] = []
+    order = random.Random(0)
+    clock = CLOCKS[args.clock]
+    for turn in range(args.warmup + args.runs):
+        order.shuffle(turns)
+        for variant in turns:
+            before = _start_memory(device)
+            start = clock()
+            variant.run(work, pixel_values, labels)
+            _wait(device)
+            seconds = clock() - start
+            if turn >= args.warmup:
+                variant.seconds[work].append(round(seconds, 6))
+            if device.type == "cuda":
+                variant.peak_bytes[work] = torch.cuda.max_memory_allocated() - before + variant.held_bytes
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _start_memory(device: torch.device) -> int:
+    _wait(device)
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def make_rows(backbone: str, variants: Sequence[Variant], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each kind of work and prompt length: milliseconds, ratios to keys and values, and to bare."""
+    rows = []
+    for work in args.work:
+        for num_tokens in args.tokens:
+            peers = {one.name: one for one in variants if one.num_tokens in (None, num_tokens) and one.does(work)}
+            times = {name: peer.seconds[work] for name, peer in peers.items()}
+            row: dict[str, Any] = {"backbone": backbone, "work": work, "num_tokens": num_tokens}
+            row["milliseconds"] = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+            row["to_key_value"] = {name: _ratio(seconds, times["key_value"]) for name, seconds in times.items()}
+            if "bare" in times:
+                row["to_bare"] = {name: _ratio(seconds, times["bare"]) for name, seconds in times.items()}
+            row["peak_megabytes"] = {name: one.peak_bytes[work] / 1e6 for name, one in peers.items() if one.peak_bytes}
+            rows.append(row)
+    return rows
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(time / other for time, other in zip(times, others, strict=True))
+
+
+def make_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown: milliseconds with keys and values, and what others take relative to that."""
+    others = [name for name in COLUMNS if name != "key_value"]
+    head = ["backbone", "work", "p", "keys and values, ms", *(COLUMNS[name] for name in others)]
+    if any(row["peak_megabytes"] for row in rows):
+        head += ["peak MB: " + COLUMNS[name] for name in COLUMNS]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        ratios, memory = row["to_key_value"], row["peak_megabytes"]
+        cells = [row["backbone"], row["work"], str(row["num_tokens"]), f"{row['milliseconds']['key_value']:.1f}"]
+        cells += [f"{ratios[name]:.2f}" if name in ratios else "" for name in others]
+        if len(head) > len(cells):
+            cells += [f"{memory[name]:.0f}" if name in memory else "" for name in COLUMNS]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=["vit-b16", "swin-t"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 10, 50, 100, 200], help="prompt lengths")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone; prompts are in float32")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True, dynamic=False)")
+    parser.add_argument("--runs", type=int, default=7, help="measured rounds")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy CPU")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args(arguments)
+    if args.clock == "cpu" and args.device != "cpu":
+        parser.error("--clock cpu sees nothing of a GPU's work; use --clock wall")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    for backbone in args.backbone:
+        variants = build_variants(backbone, args)
+        for work in args.work:
+            measure(variants, work, args)
+        rows += make_rows(backbone, variants, args)
+        runs += [
+            {"backbone": backbone, "variant": one.name, "num_tokens": one.num_tokens, "seconds": one.seconds}
+            for one in variants
+        ]
+        del variants
+        gc.collect()
+        torch.compiler.reset()
+    print(make_table(rows))
+    if args.output:
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        report = {"environment": environment(args), "settings": settings, "rows": rows, "runs": runs}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

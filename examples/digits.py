@@ -1,0 +1,50 @@
+"""A task without downloads: small backbones pretrained on the digits 0 to 4, to be tuned to the digits 5 to 9."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from images import ImageSet, Preprocessing
+from PIL import Image
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from training import DEVICE, Settings, accuracy, predict, train
+from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+
+SIZE = 32
+OLD, NEW = range(5), range(5, 10)
+
+
+def load(size: int = SIZE) -> ImageSet:
+    """The 1,797 handwritten digits that come with scikit-learn: real scans of 8 by 8 pixels, enlarged to ``size``."""
+    digits, preprocessing = load_digits(), Preprocessing(size)
+    scans = [Image.fromarray((scan * (255 / 16)).astype(np.uint8)) for scan in digits.images]
+    images = torch.stack([preprocessing.load(scan) for scan in scans])
+    return ImageSet(images, torch.from_numpy(digits.target).long(), tuple("0123456789"), preprocessing)
+
+
+def new_task(seed: int) -> tuple[ImageSet, ImageSet]:
+    """Training and test images of the digits 5 to 9."""
+    return load().only(NEW).split(0.3, seed)
+
+
+def small_backbone(kind: str) -> Any:
+    """A ``"vit"`` or ``"swin"`` for the digits 0 to 4 with random weights, small enough to be pretrained in seconds."""
+    common = {"image_size": SIZE, "num_labels": len(OLD), "initializer_range": 0.1}  # 0.02 suits wider models
+    if kind == "swin":
+        shape = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "mlp_ratio": 2}
+        return SwinForImageClassification(SwinConfig(**common, **shape, patch_size=4))
+    shape = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 192}
+    return ViTForImageClassification(ViTConfig(**common, **shape, patch_size=8))
+
+
+def pretrain(kind: str, folder: Path, epochs: int, seed: int) -> float:
+    """Trains a small backbone from scratch and saves it. Returns its accuracy on digits 0 to 4 that it has not seen."""
+    train_set, test_set = load().only(OLD).split(0.8, seed)
+    torch.manual_seed(seed)
+    model = small_backbone(kind).to(DEVICE)
+    train(model, train_set, Settings(epochs), 1e-3, seed, "Pretraining")
+    model.save_pretrained(folder)
+    return accuracy(predict(model, test_set), test_set)

@@ -1,0 +1,177 @@
+"""What the examples and benchmarks share: methods with their settings, the training loop, evaluation, result tables."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from images import ImageSet, augment
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForImageClassification
+
+from vpt_peft import PromptConfig, get_vpt_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to tune a backbone: the adapter that it trains (None: the whole model) and the learning rate it likes."""
+
+    title: str
+    config: PromptConfig | None
+    learning_rate: float
+
+
+METHODS = {
+    "linear": Method("Linear head", PromptConfig(num_tokens=0), 1e-2),
+    "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 1e-2),
+    "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 5e-3),
+    "full": Method("Full fine-tuning", None, 1e-4),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train: AdamW, with the learning rate rising over the first tenth of the steps and falling as a cosine.
+
+    Attributes:
+        flip: mirror half of the images; only where a mirrored image keeps its class.
+    """
+
+    epochs: int = 15
+    batch_size: int = 16
+    weight_decay: float = 0.01
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method reached.
+
+    Attributes:
+        accuracy: percent of the test images.
+        parameters: number of trained parameters; ``share``: them as percent of the bare backbone's.
+        size: bytes of the saved folder.
+        seconds: time of training.
+        logits: ``(num_test_images, num_classes)``.
+    """
+
+    method: Method
+    accuracy: float
+    parameters: int
+    share: float
+    size: int
+    seconds: float
+    logits: Tensor
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Share of the full learning rate at a step counted from 0: a linear rise, then half a cosine down to 0."""
+    rise = max(1, steps // 10)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def train(
+    model: nn.Module, images: ImageSet, settings: Settings, learning_rate: float, seed: int, title: str
+) -> float:
+    """Trains what requires gradients, with a progress bar. Returns the seconds that it took."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
+    steps = settings.epochs * math.ceil(len(images) / settings.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    model.train()
+    start = time.perf_counter()
+    with tqdm(total=steps, desc=title, unit="step") as bar:
+        for _ in range(settings.epochs):
+            for indices in torch.randperm(len(images), generator=generator).split(settings.batch_size):
+                batch = images.pixel_values(augment(images.images[indices], generator, settings.flip))
+                loss = model(pixel_values=batch.to(DEVICE), labels=images.labels[indices].to(DEVICE)).loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: ImageSet, batch_size: int = 64) -> Tensor:
+    """Logits of shape ``(num_images, num_classes)``."""
+    model.eval()
+    batches = tqdm(images.images.split(batch_size), desc="Testing", unit="batch", leave=False)
+    return torch.cat([model(pixel_values=images.pixel_values(batch).to(DEVICE)).logits.cpu() for batch in batches])
+
+
+def accuracy(logits: Tensor, images: ImageSet) -> float:
+    """Percent of the images whose largest logit is that of their class."""
+    return 100 * (logits.argmax(dim=-1) == images.labels).float().mean().item()
+
+
+def load_backbone(name: str, class_names: Sequence[str]) -> Any:
+    """A checkpoint, in float32 on :data:`DEVICE`, with a new head for these classes."""
+    model = AutoModelForImageClassification.from_pretrained(
+        name,
+        num_labels=len(class_names),
+        id2label=dict(enumerate(class_names)),
+        label2id={label: index for index, label in enumerate(class_names)},
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+    )
+    if isinstance(getattr(model, "classifier", None), nn.Linear):
+        model.classifier.reset_parameters()  # one that happens to have as many classes is not kept either
+    return model.to(DEVICE)
+
+
+def tune(
+    model: Any, method: Method, images: tuple[ImageSet, ImageSet], settings: Settings, seed: int, folder: Path
+) -> Result:
+    """Tunes a backbone to a task by one method, tests it, and saves what was trained.
+
+    Args:
+        model: as :func:`load_backbone` gives it. Only full fine-tuning changes it.
+        images: of training and testing.
+        folder: where to save the adapter (full fine-tuning: the model).
+    """
+    train_set, test_set = images
+    backbone_size = model.base_model.num_parameters()
+    torch.manual_seed(seed)
+    tuned = model if method.config is None else get_vpt_model(model, method.config)
+    seconds = train(tuned, train_set, settings, method.learning_rate, seed, method.title)
+    logits = predict(tuned, test_set)
+    parameters = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+    tuned.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if tuned is not model:
+        tuned.unload()
+    share = 100 * parameters / backbone_size
+    return Result(method, accuracy(logits, test_set), parameters, share, size, seconds, logits)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the heading, the first column stands left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join([cells[0].ljust(widths[0]), *rest])} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(line(cells) for cells in (rows[0], rule, *rows[1:]))
+
+
+def be_quiet() -> None:
+    """Leaves out transformers' notes on loading: that a head is new is no surprise here."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,160 @@
+"""One pass for images of different tasks."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tiny import BUILDERS, Tiny, logits
+from torch._dynamo.utils import counters
+
+from vpt_peft import AdapterError, PromptConfig, VPTModel, get_vpt_model
+
+TASKS: dict[str, tuple[dict[str, Any], int]] = {
+    "deep": ({"num_tokens": 3}, 7),
+    "long": ({"num_tokens": 6, "projection_dim": 5}, 3),
+    "shallow": ({"num_tokens": 4, "deep": False}, 5),
+    "pooled": ({"num_tokens": 2, "pooling": "global"}, 2),
+    "tokens": ({"num_tokens": 3, "route": "tokens"}, 7),
+    "gaps": ({"num_tokens": 3, "layers_to_transform": [1, 3], "carry": False}, 4),
+    "linear": ({"num_tokens": 0}, 6),
+}
+
+
+@pytest.fixture
+def many(tiny: Tiny) -> VPTModel:
+    """An adapter of every kind."""
+    torch.manual_seed(1)
+    (first, (config, _)), *others = TASKS.items()
+    vpt = get_vpt_model(tiny.model, PromptConfig(**config), adapter_name=first)
+    for name, (config, num_labels) in others:
+        vpt.add_adapter(name, PromptConfig(**config), num_labels=num_labels)
+    return vpt
+
+
+def one_by_one(vpt: VPTModel, pixel_values: torch.Tensor, names: list[str]) -> list[torch.Tensor]:
+    """What users do without mixed batches."""
+    answers = []
+    for image, name in zip(pixel_values, names, strict=True):
+        if name == "__base__":
+            with vpt.disable_adapter():
+                answers.append(logits(vpt, image[None])[0])
+        else:
+            vpt.set_adapter(name)
+            answers.append(logits(vpt, image[None])[0])
+    return answers
+
+
+MIXES = [
+    ["deep", "deep", "deep", "deep"],
+    ["deep", "long", "deep", "__base__"],
+    ["shallow", "deep", "shallow", "long"],
+    ["pooled", "shallow", "gaps", "tokens"],
+    ["linear", "gaps", "linear", "pooled"],
+    ["__base__", "linear", "__base__", "__base__"],
+    ["tokens", "tokens", "deep", "deep"],
+]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("names", MIXES, ids="-".join)
+def test_a_mixed_batch_agrees_with_one_pass_per_task(
+    tiny: Tiny, many: VPTModel, names: list[str], attention: str
+) -> None:
+    tiny.model.set_attn_implementation(attention)
+    expected = one_by_one(many, tiny.pixel_values, names)
+    with torch.no_grad():
+        output = many(tiny.pixel_values, adapter_names=names)
+    assert output.num_labels.tolist() == [len(answer) for answer in expected]
+    for row, answer in zip(output.logits, expected, strict=True):
+        torch.testing.assert_close(row[: len(answer)], answer, atol=1e-5, rtol=0)
+        assert (row[len(answer) :] == -torch.inf).all()
+
+
+def test_a_mixed_batch_on_flex_attention(vit: Tiny) -> None:
+    vpt = vit.prompted()
+    vpt.add_adapter("long", PromptConfig(num_tokens=9))
+    names = ["default", "long", "__base__", "default"]
+    expected = logits(vpt, vit.pixel_values, adapter_names=names)
+    vit.model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(logits(vpt, vit.pixel_values, adapter_names=names), expected, atol=1e-5, rtol=0)
+
+
+def test_a_mixed_batch_after_deleting_an_adapter(tiny: Tiny, many: VPTModel) -> None:
+    many.delete_adapter("long")
+    names = ["shallow", "tokens", "shallow", "gaps"]
+    expected = one_by_one(many, tiny.pixel_values, names)
+    ours = logits(many, tiny.pixel_values, adapter_names=names)
+    for row, answer in zip(ours, expected, strict=True):
+        torch.testing.assert_close(row[: len(answer)], answer, atol=1e-5, rtol=0)
+    with pytest.raises(AdapterError, match="got long"):
+        many(tiny.pixel_values, adapter_names=["long", *names[1:]])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["deep"], "one name for each of the 4 images, got 1 names"),
+        ("deep", "one name for each of the 4 images, got 'deep'"),
+        (["deep", "deep", "boats", "planes"], "got boats, planes"),
+        (["deep", "deep", "deep", None], "got None"),
+    ],
+)
+def test_wrong_names_are_a_clear_error(tiny: Tiny, many: VPTModel, names: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        many(tiny.pixel_values, adapter_names=names)
+
+
+@pytest.mark.parametrize("config", [{"bias": "all"}, {"modules_to_save": ["layernorm"]}])
+def test_adapters_that_own_parts_of_the_backbone_cannot_share_a_pass(
+    tiny: Tiny, many: VPTModel, config: dict[str, Any]
+) -> None:
+    many.add_adapter("owner", PromptConfig(**config))
+    with pytest.raises(AdapterError, match="The adapters owner own parts of the backbone"):
+        many(tiny.pixel_values, adapter_names=["owner", "deep", "deep", "deep"])
+    many.set_adapter("owner")
+    expected = logits(many, tiny.pixel_values)
+    assert torch.equal(logits(many, tiny.pixel_values, adapter_names=["owner"] * 4), expected)
+
+
+def test_labels_with_mixed_batches_are_refused(tiny: Tiny, many: VPTModel) -> None:
+    with pytest.raises(AdapterError, match="labels cannot be given with adapter_names"):
+        many(tiny.pixel_values, labels=tiny.labels, adapter_names=["deep"] * 4)
+
+
+def test_threads_get_each_their_own_answer(tiny: Tiny, many: VPTModel) -> None:
+    mixes = MIXES * 6
+    expected = [logits(many, tiny.pixel_values, adapter_names=names) for names in mixes]
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda names: logits(many, tiny.pixel_values, adapter_names=names), mixes)
+    for ours, alone in zip(answers, expected, strict=True):
+        torch.testing.assert_close(ours, alone, atol=1e-6, rtol=0)
+
+
+def test_threads_with_images_of_different_sizes_get_each_their_own_answer(swin: Tiny) -> None:
+    """Swin's layers overwrite their window's size to suit an input; that must not reach another thread."""
+    vpt = swin.prompted(deep=False)
+    sizes = [64, 32, 96, 40] * 6
+    images = [torch.randn(2, 3, size, size) for size in sizes]
+    expected = [logits(vpt, image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda image: logits(vpt, image), images))
+    for ours, alone in zip(answers, expected, strict=True):
+        torch.testing.assert_close(ours, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_switching_between_adapters_of_equal_shape_does_not_recompile(deep: bool) -> None:
+    tiny = BUILDERS["vit"]()
+    vpt = tiny.prompted(deep=deep)
+    for number in range(3):
+        vpt.add_adapter(f"task{number}", PromptConfig(num_tokens=5, deep=deep))
+    counters.clear()
+    compiled = torch.compile(vpt, fullgraph=True, dynamic=False, backend="aot_eager")
+    for name in ("default", "task0", "task1", "default", "task2"):
+        vpt.set_adapter(name)
+        ours = logits(compiled, tiny.pixel_values)
+        torch.testing.assert_close(ours, logits(vpt, tiny.pixel_values), atol=1e-6, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1

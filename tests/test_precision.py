@@ -1,0 +1,140 @@
+"""Lower precision, gradient checkpointing and compiled graphs give the eager float32 result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import Tiny, assert_same, gradients, logits
+from torch._dynamo.utils import counters
+
+from vpt_peft import RouteError, VPTModel
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "deep": {},
+    "shallow": {"deep": False},
+    "pooled": {"pooling": "global"},
+    "projected": {"projection_dim": 6},
+    "biases": {"bias": "all"},
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def step(vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one training step, dropout drawn alike each time."""
+    torch.manual_seed(2)
+    vpt.zero_grad()
+    loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
+    loss.backward()
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes kept for the backward pass, each storage once."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), {"dropout": 0.5}], ids=[*CONFIGS, "dropout"])
+def test_gradient_checkpointing_gives_identical_gradients(tiny: Tiny, config: dict[str, Any]) -> None:
+    vpt = tiny.prompted(**config).train()
+    loss, expected = step(vpt, tiny)
+    vpt.gradient_checkpointing_enable()
+    checkpointed_loss, checkpointed = step(vpt, tiny)
+    assert torch.equal(loss, checkpointed_loss)
+    assert_same(checkpointed, expected)
+    assert not any(module.training for module in tiny.model.modules())
+    vpt.gradient_checkpointing_disable()
+    assert_same(step(vpt, tiny)[1], expected)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_gradient_checkpointing_saves_memory(tiny: Tiny, deep: bool) -> None:
+    vpt = tiny.prompted(deep=deep).train()
+    outputs = []
+    plain = saved_bytes(lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
+    vpt.activation_checkpointing_enable()
+    checkpointed = saved_bytes(lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
+    assert checkpointed * 4 < plain, f"{checkpointed} bytes with checkpointing, {plain} without"
+
+
+def test_reentrant_checkpointing_is_refused(tiny: Tiny) -> None:
+    vpt = tiny.prompted().train()
+    vpt.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RouteError, match="must be non-reentrant"):
+        vpt(tiny.pixel_values, labels=tiny.labels)
+
+
+@each_config
+def test_autocast(tiny: Tiny, config: dict[str, Any]) -> None:
+    vpt = tiny.prompted(**config).train()
+    loss, expected = step(vpt, tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast_loss, autocast = step(vpt, tiny)
+    torch.testing.assert_close(autocast_loss, loss, atol=0.05, rtol=0)
+    assert_same({name: tensor.float() for name, tensor in autocast.items()}, expected, 0.05)
+
+
+@each_config
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbones(tiny: Tiny, config: dict[str, Any], dtype: torch.dtype) -> None:
+    vpt = tiny.prompted(**config).train()
+    loss, expected = step(vpt, tiny)
+    state = {name: tensor.clone() for name, tensor in vpt.adapters["default"].state_dict().items()}
+    vpt.unload().to(dtype)
+    vpt = tiny.prompted(**config).train()
+    vpt.adapters["default"].load_state_dict(state)
+    assert {parameter.dtype for parameter in vpt.adapters.parameters()} == {torch.float32}
+    half_loss, half = step(vpt, tiny)
+    torch.testing.assert_close(half_loss, loss, atol=0.05, rtol=0)
+    assert_same(half, expected, 0.05)
+
+
+@each_config
+def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change(
+    tiny: Tiny, config: dict[str, Any]
+) -> None:
+    vpt = tiny.prompted(**config).train()
+    compiled = torch.compile(vpt, fullgraph=True, dynamic=False, backend="aot_eager")
+    counters.clear()
+    for _ in range(2):
+        loss, expected = step(vpt, tiny)
+        compiled_loss, ours = _compiled_step(compiled, vpt, tiny)
+        torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
+        assert_same(ours, expected, 1e-5)
+        with torch.no_grad():
+            for parameter in vpt.adapters.parameters():
+                parameter.add_(0.01)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def _compiled_step(compiled: Any, vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    vpt.zero_grad()
+    loss = compiled(tiny.pixel_values, labels=tiny.labels).loss
+    loss.backward()
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
+
+
+def test_the_default_compiler(vit: Tiny) -> None:
+    vpt = vit.prompted(deep=False)
+    compiled = torch.compile(vpt, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(
+        logits(compiled, vit.pixel_values), logits(vpt, vit.pixel_values), atol=1e-5, rtol=0
+    )
+
+
+def test_inference_mode(tiny: Tiny) -> None:
+    vpt = tiny.prompted(deep=False)
+    with torch.inference_mode():
+        ours = vpt(tiny.pixel_values).logits
+    assert torch.equal(ours, logits(vpt, tiny.pixel_values))

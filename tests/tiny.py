@@ -1,0 +1,65 @@
+"""Builders of tiny random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+
+from vpt_peft import PromptConfig, VPTModel, get_vpt_model
+
+VIT = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}  # fmt: skip  # noqa: E501
+SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "initializer_range": 0.2}
+
+
+@dataclass
+class Tiny:
+    """A model in eval mode with four images and their labels."""
+
+    name: str
+    model: PreTrainedModel
+    pixel_values: Tensor
+    labels: Tensor
+
+    def prompted(self, num_tokens: int = 5, **config: object) -> VPTModel:
+        """The model with fresh prompts, always the same ones, and far enough from zero to be seen."""
+        torch.manual_seed(1)
+        vpt = get_vpt_model(self.model, PromptConfig(num_tokens=num_tokens, **config))  # type: ignore[arg-type]
+        return vpt
+
+
+def tiny_vit(**config: object) -> Tiny:
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**{**VIT, "num_labels": 7, **config})).eval()
+    return Tiny("vit", model, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 6]))
+
+
+def tiny_swin(**config: object) -> Tiny:
+    torch.manual_seed(0)
+    model = SwinForImageClassification(SwinConfig(**{**SWIN, "num_labels": 7, **config})).eval()
+    return Tiny("swin", model, torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 6]))
+
+
+BUILDERS: dict[str, Callable[..., Tiny]] = {"vit": tiny_vit, "swin": tiny_swin}
+
+
+def logits(model: torch.nn.Module, pixel_values: Tensor, **kwargs: object) -> Tensor:
+    """Logits without gradients."""
+    with torch.no_grad():
+        return model(pixel_values, **kwargs).logits
+
+
+def gradients(vpt: VPTModel) -> dict[str, Tensor]:
+    """Gradients of the active adapter's tensors by name."""
+    tensors = vpt.adapters[vpt.active_adapter].tensors()
+    return {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    """Same keys, and values within an absolute tolerance."""
+    assert ours.keys() == theirs.keys() and ours
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,57 @@
+"""A batch and its tasks: which adapter answers for which image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .errors import AdapterError
+from .passes import Group, Pass
+
+BASE = "__base__"
+
+
+def check_known(adapters: Mapping[str, object], names: Sequence[object]) -> None:
+    """Raises AdapterError for names of adapters that do not exist."""
+    unknown = sorted({str(name) for name in names if name not in adapters})
+    if unknown:
+        raise AdapterError(f"The model has the adapters {', '.join(adapters)}, got {', '.join(unknown)}.")
+
+
+def begin_pass(
+    adapters: Mapping[str, Adapter], names: Sequence[str], num_images: int, training: bool
+) -> Pass:
+    """A pass in which each image is seen with its own task's prompts and head.
+
+    Args:
+        names: the adapter of each image; ``"__base__"``: the bare backbone with its own head.
+
+    Raises:
+        AdapterError: a name is unknown, their number is not that of the images, or adapters that own parts of the
+            backbone would have to share it.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != num_images:
+        came = repr(names) if isinstance(names, str) else f"{len(names)} names" if hasattr(names, "__len__") else names
+        raise AdapterError(f"adapter_names must be a list with one name for each of the {num_images} images, got {came}.")
+    check_known(adapters, [name for name in names if name != BASE])
+    different = list(dict.fromkeys(names))
+    owners = [name for name in different if name != BASE and adapters[name].owns_backbone_parts]
+    if owners and len(different) > 1:
+        raise AdapterError(
+            f"The adapters {', '.join(owners)} own parts of the backbone (bias or modules_to_save), so their images "
+            f"cannot share a pass with those of {', '.join(name for name in different if name != owners[0])}. "
+            "Call the model once for each of them."
+        )
+    groups = []
+    for name in different:
+        rows = tuple(row for row, other in enumerate(names) if other == name) if len(different) > 1 else None
+        groups.append(Group(rows=rows) if name == BASE else adapters[name].group(rows))
+    return Pass(num_images, groups, training)
+
+
+def count_labels(adapters: Mapping[str, Adapter], names: Sequence[str], base_labels: int) -> Tensor:
+    """How many labels each image's task has, ``(num_images,)``."""
+    return torch.tensor([base_labels if name == BASE else adapters[name].num_labels for name in names])
