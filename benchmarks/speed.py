@@ -5,7 +5,7 @@
 
 Weights are random, nothing is downloaded. All variants live in one process and take turns, in a new random order
 each round, so that a noisy or throttled machine slows all of them alike. A ratio is the median over rounds of the
-ratio within a round. Prints a Markdown table; ``--output`` writes all single times as JSON.
+ratio within a round. Prints a Markdown table; ``--output`` writes JSON with every single time, one report a backbone.
 """
 
 from __future__ import annotations
@@ -141,40 +141,28 @@ def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
 
 def measure(variants: Sequence[Variant], work: str, args: argparse.Namespace) -> None:
     """Lets the variants take turns, and notes their times and, on a GPU, their peak memory."""
-    device, size = torch.device(args.device), next(iter(variants)).model.config.image_size
-    pixel_values = torch.randn(args.batch, 3, size, size, device=device, dtype=DTYPES[args.dtype])
-    labels = torch.randint(LABELS, (args.batch,), device=device)
+    size, on_gpu = variants[0].model.config.image_size, args.device == "cuda"
+    pixel_values = torch.randn(args.batch, 3, size, size, device=args.device, dtype=DTYPES[args.dtype])
+    labels = torch.randint(LABELS, (args.batch,), device=args.device)
     turns = [variant for variant in variants if variant.does(work)]
     for variant in turns:
         variant.model.train(work == "training")
         variant.seconds[work] = []
-    order = random.Random(0)
-    clock = CLOCKS[args.clock]
+    order, clock = random.Random(0), CLOCKS[args.clock]
     for turn in range(args.warmup + args.runs):
         order.shuffle(turns)
         for variant in turns:
-            before = _start_memory(device)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                variant.peak_bytes[work] = variant.held_bytes - torch.cuda.memory_allocated()
             start = clock()
             variant.run(work, pixel_values, labels)
-            _wait(device)
+            if on_gpu:
+                torch.cuda.synchronize()
+                variant.peak_bytes[work] += torch.cuda.max_memory_allocated()
             seconds = clock() - start
             if turn >= args.warmup:
                 variant.seconds[work].append(round(seconds, 6))
-            if device.type == "cuda":
-                variant.peak_bytes[work] = torch.cuda.max_memory_allocated() - before + variant.held_bytes
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _start_memory(device: torch.device) -> int:
-    _wait(device)
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
 
 
 def make_rows(backbone: str, variants: Sequence[Variant], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -217,20 +205,17 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -257,26 +242,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
-    for backbone in args.backbone:
-        variants = build_variants(backbone, args)
-        for work in args.work:
-            measure(variants, work, args)
-        rows += make_rows(backbone, variants, args)
-        runs += [
-            {"backbone": backbone, "variant": one.name, "num_tokens": one.num_tokens, "seconds": one.seconds}
-            for one in variants
-        ]
-        del variants
-        gc.collect()
-        torch.compiler.reset()
-    print(make_table(rows))
+    reports = [report(backbone, args) for backbone in args.backbone]
+    print(make_table([row for one in reports for row in one["rows"]]))
     if args.output:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        report = {"environment": environment(args), "settings": settings, "rows": rows, "runs": runs}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        args.output.write_text(json.dumps(reports, indent=1) + "\n")
+
+
+def report(backbone: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures one backbone and frees its memory again."""
+    variants = build_variants(backbone, args)
+    for work in args.work:
+        measure(variants, work, args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("backbone", "output")}
+    seconds = [{"variant": one.name, "num_tokens": one.num_tokens, **one.seconds} for one in variants]
+    rows = make_rows(backbone, variants, args)
+    del variants
+    gc.collect()
+    torch.compiler.reset()
+    return {"environment": environment(args), "settings": settings, "rows": rows, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTF
 
 SIZE = 32
 OLD, NEW = range(5), range(5, 10)
+PRETRAINING_EPOCHS = 15
 
 
 def load(size: int = SIZE) -> ImageSet:

@@ -31,9 +31,9 @@ class Method:
 
 
 METHODS = {
-    "linear": Method("Linear head", PromptConfig(num_tokens=0), 1e-2),
-    "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 1e-2),
-    "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 5e-3),
+    "linear": Method("Linear head", PromptConfig(num_tokens=0), 1e-1),
+    "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 3e-2),
+    "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 1e-2),
     "full": Method("Full fine-tuning", None, 1e-4),
 }
 

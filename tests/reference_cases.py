@@ -81,7 +81,10 @@ def _vit(arch: dict[str, Any], image_size: int, tensors: dict[str, Tensor]) -> P
 
 
 def _vit_prompts(tensors: dict[str, Tensor], arch: dict[str, Any]) -> dict[str, Tensor]:
-    prompts = [*tensors.get("transformer.prompt_embeddings", ()), *tensors.get("transformer.deep_prompt_embeddings", ())]
+    prompts = [
+        *tensors.get("transformer.prompt_embeddings", ()),
+        *tensors.get("transformer.deep_prompt_embeddings", ()),
+    ]
     found = {f"prompts.{layer}": prompt for layer, prompt in enumerate(prompts)}
     for name in ("weight", "bias"):
         if f"transformer.prompt_proj.{name}" in tensors:
@@ -113,8 +116,7 @@ def _swin(arch: dict[str, Any], image_size: int, tensors: dict[str, Tensor]) -> 
             for name in ("weight", "bias"):
                 thirds = tensors[f"{theirs}.attn.qkv.{name}"].chunk(3)
                 state |= {
-                    f"{ours}.attention.{letter}_proj.{name}": third
-                    for letter, third in zip("qkv", thirds, strict=True)
+                    f"{ours}.attention.{letter}_proj.{name}": third for letter, third in zip("qkv", thirds, strict=True)
                 }
             table = "relative_position_bias_table"
             state[f"{ours}.attention.relative_position_bias.{table}"] = tensors[f"{theirs}.attn.{table}"]

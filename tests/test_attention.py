@@ -23,7 +23,9 @@ def counting() -> Iterator[list[Any]]:
     """A custom implementation, "counting", and the list of the masks it was called with."""
     calls: list[Any] = []
 
-    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, dropout: float = 0.0) -> Any:  # noqa: E501
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, dropout: float = 0.0
+    ) -> Any:
         assert module.config._attn_implementation == "counting"
         calls.append(mask)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout)

@@ -43,7 +43,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "config": model.config.to_dict(),
         "attention": model.config._attn_implementation,
         "attributes": {
-            name: {key: id(value) for key, value in vars(module).items() if "hooks" in key or key in ("config", "forward")}
+            name: {key: id(value) for key, value in vars(module).items() if key in ("config", "forward")}
             for name, module in model.named_modules()
         },
         "hooks": {

@@ -49,7 +49,9 @@ def check(vpt: VPTModel, case: Case) -> None:
     weighted_sum(logits).backward()
     live = {name: tensor.grad for name, tensor in vpt.adapters["default"].tensors().items()}
     for name, gradient in case.gradients.items():
-        torch.testing.assert_close(live[name], gradient, atol=TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            live[name], gradient, atol=TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("route", ["auto", "tokens"])

@@ -11,8 +11,14 @@ from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 
-VIT = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}  # fmt: skip  # noqa: E501
-SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "initializer_range": 0.2}
+VIT = {
+    "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
+    "image_size": 32, "patch_size": 8, "initializer_range": 0.2,
+}  # fmt: skip
+SWIN = {
+    "image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4,
+    "initializer_range": 0.2,
+}  # fmt: skip
 
 
 @dataclass

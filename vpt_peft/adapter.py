@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .backbones import Backbone
@@ -29,6 +30,7 @@ class Adapter(nn.Module):
         config: what to build.
         backbone: what it is for; nothing of it is changed.
         labels: ``id2label``, ``label2id``, ``problem_type`` where they differ from the model's.
+        device: where to create what is new; None: where the backbone is.
 
     Attributes:
         model_config: the model's config with this task's labels.
@@ -38,8 +40,15 @@ class Adapter(nn.Module):
         ConfigError, RouteError: the config does not fit the backbone.
     """
 
-    def __init__(self, config: PromptConfig, backbone: Backbone, labels: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: PromptConfig,
+        backbone: Backbone,
+        labels: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
+        device = device or backbone.device
         self.config = config.replace(task_type=_task_type(config, backbone))
         self.model_type = backbone.architecture.model_type
         self.widths = backbone.widths
@@ -47,14 +56,14 @@ class Adapter(nn.Module):
         self.steps = plan_steps(config, len(backbone.layers), config.pooling in ("prompt", "global"))
         fresh = {layer: self.widths[layer] for layer, step in enumerate(self.steps) if step and step.fresh}
         _check_shared(config, fresh)
-        self.prompts = Prompts(config, fresh, backbone.patch_size).to(backbone.device)
+        self.prompts = Prompts(config, fresh, backbone.patch_size, device)
 
         self.model_config = copy.deepcopy(backbone.model.config)
         for name, value in (labels or {}).items():
             setattr(self.model_config, name, value)
         self._heads = nn.ModuleDict()
         for path in backbone.head.paths:
-            self._heads[_key(path)] = _own_head(backbone, path, self.model_config.num_labels)
+            self._heads[_key(path)] = _own_head(backbone, path, self.model_config.num_labels, device)
         saved = _modules_to_save(config, backbone)
         self._copies = nn.ModuleDict({_key(path): clone(module) for path, module in saved.items()})
         own = (*backbone.head.paths, *saved)
@@ -87,9 +96,15 @@ class Adapter(nn.Module):
 
     def group(self, rows: tuple[int, ...] | None = None) -> Group:
         """Its images in a batch: all of them, or those with the numbers ``rows``."""
-        return Group(
-            self.prompts, self.steps, self.modules_by_path, self.biases_by_path, self.config.pooling, rows
-        )
+        return Group(self.prompts, self.steps, self.modules_by_path, self.biases_by_path, self.config.pooling, rows)
+
+    def materialize(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Gives memory, as yet unfilled, to what was created on the meta device, and all floats another precision."""
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+        self.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """All its tensors, live, under the names of the adapter format (see :mod:`vpt_peft.checkpoint`)."""
@@ -121,13 +136,13 @@ def clone(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _own_head(backbone: Backbone, path: str, num_labels: int) -> nn.Module:
+def _own_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
     """A copy of the model's head; with a new output layer where it has another number of labels."""
     head = clone(backbone.model.get_submodule(path))
     if backbone.head.task_type != "IMAGE_CLASSIFICATION" or num_labels == backbone.model.config.num_labels:
         return head
     if isinstance(head, nn.Linear | nn.Identity):
-        return nn.Linear(backbone.num_features, num_labels).to(backbone.device)
+        return nn.Linear(backbone.num_features, num_labels, device=device)
     raise ConfigError(
         f"The head at '{path}' must be a linear layer to be replaced by one with {num_labels} labels, "
         f"got {type(head).__name__}. Load the backbone with num_labels={num_labels}."
@@ -147,8 +162,8 @@ def _task_type(config: PromptConfig, backbone: Backbone) -> str:
 def _check_pooling(config: PromptConfig, backbone: Backbone) -> None:
     if config.pooling != "default" and backbone.head.task_type != "IMAGE_CLASSIFICATION":
         raise ConfigError(
-            f'pooling="{config.pooling}" chooses what a classifier reads, but {type(backbone.model).__name__} has none. '
-            'Use pooling="default".'
+            f'pooling="{config.pooling}" chooses what a classifier reads, but {type(backbone.model).__name__} '
+            'has none. Use pooling="default".'
         )
 
 
@@ -166,9 +181,7 @@ def _modules_to_save(config: PromptConfig, backbone: Backbone) -> dict[str, nn.M
     found: dict[str, nn.Module] = {}
     for name in config.modules_to_save or ():
         matches = {
-            path: module
-            for path, module in backbone.model.named_modules()
-            if path == name or path.endswith("." + name)
+            path: module for path, module in backbone.model.named_modules() if path == name or path.endswith("." + name)
         }
         if not matches:
             raise ConfigError(

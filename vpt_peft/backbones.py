@@ -182,7 +182,7 @@ def find_backbone(model: nn.Module) -> Backbone:
             f"Expected a vision transformer among {supported}; got {type(model).__name__}. "
             "Other architectures can be declared with vpt_peft.register_architecture."
         )
-    trunk = model.base_model
+    trunk: Any = model.base_model
     try:
         layers, mergings = _layers(trunk, architecture)
         backbone = Backbone(model, trunk, architecture, head, layers, mergings)

@@ -21,9 +21,7 @@ def check_known(adapters: Mapping[str, object], names: Sequence[object]) -> None
         raise AdapterError(f"The model has the adapters {', '.join(adapters)}, got {', '.join(unknown)}.")
 
 
-def begin_pass(
-    adapters: Mapping[str, Adapter], names: Sequence[str], num_images: int, training: bool
-) -> Pass:
+def begin_pass(adapters: Mapping[str, Adapter], names: Sequence[str], num_images: int, training: bool) -> Pass:
     """A pass in which each image is seen with its own task's prompts and head.
 
     Args:
@@ -34,8 +32,8 @@ def begin_pass(
             backbone would have to share it.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != num_images:
-        came = repr(names) if isinstance(names, str) else f"{len(names)} names" if hasattr(names, "__len__") else names
-        raise AdapterError(f"adapter_names must be a list with one name for each of the {num_images} images, got {came}.")
+        came = f"{len(names)} names" if isinstance(names, list | tuple) else repr(names)
+        raise AdapterError(f"adapter_names must be a list of one name for each of the {num_images} images, got {came}.")
     check_known(adapters, [name for name in names if name != BASE])
     different = list(dict.fromkeys(names))
     owners = [name for name in different if name != BASE and adapters[name].owns_backbone_parts]

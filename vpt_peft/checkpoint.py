@@ -1,4 +1,4 @@
-"""Checkpoints: an adapter's folder or state dict, and back. Strict, complete, and tensors only.
+"""Checkpoints: an adapter's folder or state dict, and back. Strict, complete, atomic, and tensors only.
 
 The folder holds ``adapter_config.json`` (the PromptConfig and what the head's outputs mean) and
 ``adapter_model.safetensors`` with keys of our own, not the backbone's paths, so that adapters outlive its
@@ -9,30 +9,38 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from torch import Tensor
 
 from .adapter import Adapter
 from .backbones import Backbone
 from .config import PromptConfig
 from .errors import CheckpointError, ConfigError
+from .weights import Weights, digest, open_weights, pack, parse_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 8 * 2**20
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+# What an adapter computes. Other fields may be edited by hand; these only together with the weights.
+SEALED = (
+    "num_tokens", "deep", "layers_to_transform", "carry", "shared", "projection_dim", "pooling", "location", "bias",
+    "modules_to_save", "model_type", "widths",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What an adapter folder holds.
+    """What an open adapter folder holds.
 
     Attributes:
         labels: ``id2label``, ``label2id`` and ``problem_type``.
@@ -43,16 +51,14 @@ class Saved:
     labels: dict[str, Any]
     model_type: str
     widths: list[int]
-    tensors: dict[str, Tensor]
+    weights: Weights
 
-    def matches(self, adapter: Adapter) -> bool:
-        """Whether it was saved from an adapter of the same config and number of labels."""
-        own = adapter.config.replace(inference_mode=self.config.inference_mode)
-        return self.config == own and len(self.labels["id2label"]) == adapter.num_labels
+
+# -- saving ---------------------------------------------------------------------------------------------------------
 
 
 def save(adapter: Adapter, folder: str | os.PathLike[str], version: str) -> None:
-    """Writes an adapter folder; each file is replaced as a whole."""
+    """Writes an adapter folder. At any moment it holds the adapter that was there, or the new one."""
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"save_pretrained needs a folder, got the file '{path}'. Choose another name.")
@@ -64,26 +70,108 @@ def save(adapter: Adapter, folder: str | os.PathLike[str], version: str) -> None
         "widths": adapter.widths,
         "vpt_peft_version": version,
     }
-    tensors = {name: tensor.contiguous() for name, tensor in state_dict(adapter).items()}
-    _replace(path / WEIGHTS_NAME, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    _replace(path / CONFIG_NAME, lambda file: file.write_text(text, encoding="utf-8"))
+    tensors = {name: tensor.contiguous() for name, tensor in state_dict(adapter).items()}
+    with _locked(path):
+        for left in path.glob(".saving-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        config = path / CONFIG_NAME
+        before = config.read_bytes() if config.is_file() else b""
+        replaces = digest(before) if before not in (b"", text.encode()) else ""
+        # The weights hold the config too, so that replacing them replaces both: see open_folder.
+        _replace(path / WEIGHTS_NAME, pack(tensors, text, replaces))
+        _replace(config, text.encode())
 
 
-def _replace(path: Path, write: Any) -> None:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time saves to a folder. The lock lies elsewhere, so that the folder holds only the adapter."""
+    name = digest(str(folder.resolve()).encode())[:32]
+    with WeakFileLock(Path(tempfile.gettempdir()) / f"vpt-peft-{name}.lock"):
+        yield
+
+
+def _replace(path: Path, content: bytes) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         file = Path(folder) / path.name
-        write(file)
+        with file.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(file, path)
 
 
-def load(folder: str | os.PathLike[str]) -> Saved:
-    """Reads an adapter folder.
+# -- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(
+    folder: str | os.PathLike[str],
+    backbone: Backbone,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Builds an adapter from its folder.
+
+    Args:
+        folder: see :func:`open_folder`.
+        trainable: whether it may train.
+        dtype: precision to keep its tensors in; None: float32.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged, or made for another backbone.
+    """
+    with open_folder(folder) as saved:
+        _check_fit(saved, backbone)
+        try:  # on the meta device, where nothing takes memory until the sizes are known to be right
+            config = saved.config.replace(inference_mode=not trainable)
+            adapter = Adapter(config, backbone, saved.labels, torch.device("meta"))
+        except (RuntimeError, OverflowError, TypeError) as error:
+            raise CheckpointError(f"{CONFIG_NAME} describes no adapter that can exist: {error}.") from error
+        _refuse(_misfits(_shapes(adapter.tensors()), saved.weights.shapes))
+        adapter.materialize(backbone.device, dtype)
+        load_state_dict(adapter, saved.weights.tensors())
+        return adapter
+
+
+def reload(adapter: Adapter, folder: str | os.PathLike[str], backbone: Backbone) -> None:
+    """Loads the tensors of a folder into an adapter of equal config.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged, or its config is another. Nothing has changed.
+    """
+    with open_folder(folder) as saved:
+        _check_fit(saved, backbone)
+        own = adapter.config.replace(inference_mode=saved.config.inference_mode)
+        if saved.config != own or len(saved.labels["id2label"]) != adapter.num_labels:
+            raise CheckpointError(
+                f"Expected an adapter of the same config as the one of that name, got another in '{folder}'. "
+                "Delete the one that exists first, or load under another name."
+            )
+        load_state_dict(adapter, saved.weights.tensors())
+
+
+@contextmanager
+def open_folder(folder: str | os.PathLike[str]) -> Iterator[Saved]:
+    """Opens an adapter folder, or a folder with an only adapter in a subfolder.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a value is not what the format says.
     """
-    path = Path(folder)
+    path = _find(Path(folder))
+    content = _read_config(path / CONFIG_NAME)
+    with open_weights(path / WEIGHTS_NAME) as weights:
+        values = _parse_config(content, path)
+        parsed = _parse(values)
+        if weights.config is not None:
+            sealed = _parse_config(weights.config.encode(), path)
+            if weights.replaces == digest(content):  # a save ended between its two files
+                parsed = _parse(sealed)
+            else:
+                _check_belongs(values, sealed)
+        yield Saved(*parsed, weights)
+
+
+def _find(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"Expected an adapter folder, got '{path}', which does not exist or is no folder.")
     inner = [entry.parent for entry in sorted(path.glob(f"*/{CONFIG_NAME}"))]
@@ -99,11 +187,42 @@ def load(folder: str | os.PathLike[str]) -> Saved:
                 f"An adapter folder holds {CONFIG_NAME} and {WEIGHTS_NAME}, but '{path}' lacks {name}; it holds "
                 f"{there}. Pickled weights (.bin, .pt, .pth) are never opened: save them as safetensors."
             )
-    config, labels, model_type, widths = _parse(_read_json(path / CONFIG_NAME))
-    return Saved(config, labels, model_type, widths, _read_tensors(path / WEIGHTS_NAME))
+        _check_inside(path, name)
+    return path
 
 
-def check_fit(saved: Saved, backbone: Backbone) -> None:
+def _check_inside(folder: Path, name: str) -> None:
+    """A file must lie in its folder; in the Hub's cache, where files are links, in the repository's."""
+    snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
+    root = (snapshots.parent if snapshots is not None else folder).resolve()
+    if not (folder / name).resolve().is_relative_to(root):
+        raise CheckpointError(f"'{folder / name}' must be a file of its folder, got a link out of it. Copy it there.")
+
+
+def _check_belongs(values: dict[str, Any], sealed: dict[str, Any]) -> None:
+    changed = [name for name in SEALED if values.get(name, sealed.get(name)) != sealed.get(name)]
+    if changed:
+        raise CheckpointError(
+            f"{CONFIG_NAME} does not belong to {WEIGHTS_NAME}, which was saved with other values: "
+            + ", ".join(f"{name}: expected {sealed.get(name)!r}, got {values.get(name)!r}" for name in changed)
+            + ". Restore them, or save the adapter again."
+        )
+
+
+def _read_config(path: Path) -> bytes:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"'{path}' must be at most {MAX_CONFIG_BYTES:,} bytes, got {path.stat().st_size:,}.")
+    return path.read_bytes()
+
+
+def _parse_config(content: bytes, folder: Path) -> dict[str, Any]:
+    try:
+        return parse_json(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{folder / CONFIG_NAME}' must be a JSON file, but cannot be read: {error}.") from error
+
+
+def _check_fit(saved: Saved, backbone: Backbone) -> None:
     """Raises CheckpointError, naming both, if an adapter was made for another backbone."""
     if saved.model_type != backbone.architecture.model_type:
         raise CheckpointError(
@@ -116,6 +235,9 @@ def check_fit(saved: Saved, backbone: Backbone) -> None:
             f"The adapter was made for {len(saved.widths)} layers of widths {_brief(saved.widths)}, got a backbone of "
             f"{len(backbone.widths)} layers of widths {_brief(backbone.widths)}. Load the one that it was trained on."
         )
+
+
+# -- tensors --------------------------------------------------------------------------------------------------------
 
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
@@ -132,46 +254,44 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
             finite.
     """
     own = state_dict(adapter)
-    missing = [f"{name} {tuple(own[name].shape)}" for name in own if name not in tensors]
-    unexpected = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if name not in own]
-    shapes, types, values = [], [], []
-    for name in own.keys() & tensors.keys():
-        new, old = tensors[name], own[name]
-        if new.shape != old.shape:
-            shapes.append(f"{name}: expected {tuple(old.shape)}, got {tuple(new.shape)}")
-        elif new.is_floating_point() != old.is_floating_point() or new.is_complex():
-            types.append(f"{name}: expected {old.dtype}, got {new.dtype}")
-        elif new.is_floating_point() and not new.isfinite().all():
-            values.append(name)
-    problems = {
-        "missing": missing, "unexpected": unexpected, "of another shape": sorted(shapes),
-        "of another type": sorted(types), "not finite (NaN or infinite)": sorted(values),
-    }  # fmt: skip
-    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise CheckpointError("The tensors do not fit the adapter. " + "; ".join(found) + ". Nothing was loaded.")
+    known = {name: tensor for name, tensor in tensors.items() if name in own}
+    _refuse(
+        _misfits(_shapes(own), _shapes(tensors))
+        | {
+            "of another type": [
+                f"{name}: expected {own[name].dtype}, got {tensor.dtype}"
+                for name, tensor in known.items()
+                if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex()
+            ],
+            "not finite (NaN or infinite)": [name for name, tensor in known.items() if not tensor.isfinite().all()],
+        }
+    )
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' must be a JSON file, but cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"'{path}' must hold a JSON object, got {type(values).__name__}.")
-    return values
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"'{path}' must be a safetensors file, but is damaged, cut off, or something else: {error}. "
-            "Pickled weights are never opened."
-        ) from error
+def _misfits(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    both = [name for name in own if name in given]
+    return {
+        "missing": [f"{name} {own[name]}" for name in own if name not in given],
+        "unexpected": [f"{name} {given[name]}" for name in given if name not in own],
+        "of another shape": [
+            f"{name}: expected {own[name]}, got {given[name]}" for name in both if own[name] != given[name]
+        ],
+    }
+
+
+def _refuse(problems: Mapping[str, list[str]]) -> None:
+    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError("The tensors do not fit the adapter. " + "; ".join(found) + ". Nothing was loaded.")
+
+
+# -- the config file ------------------------------------------------------------------------------------------------
 
 
 def _parse(values: dict[str, Any]) -> tuple[PromptConfig, dict[str, Any], str, list[int]]:

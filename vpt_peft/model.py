@@ -93,22 +93,15 @@ class VPTModel(PromptedModel):
             torch_dtype: precision to keep its tensors in; None: float32.
 
         Raises:
-            CheckpointError: the folder is incomplete or damaged, or made for another backbone.
-            AdapterError: an adapter of that name and another config exists. Nothing has changed.
+            CheckpointError: the folder is incomplete or damaged, made for another backbone, or an adapter of that
+                name and another config exists. Nothing has changed.
         """
         self._check_attached()
-        if adapter_name not in self.adapters:
-            self._check_new(adapter_name)
-            self._put(adapter_name, _load(self._backbone, model_id, is_trainable, torch_dtype))
-            return
-        saved = checkpoint.load(model_id)
-        checkpoint.check_fit(saved, self._backbone)
-        existing = self._adapters[adapter_name]
-        if not saved.matches(existing):
-            raise AdapterError(
-                f"An adapter '{adapter_name}' of another config exists. Delete it first, or load under another name."
-            )
-        checkpoint.load_state_dict(existing, saved.tensors)
+        if adapter_name in self.adapters:
+            checkpoint.reload(self._adapters[adapter_name], model_id, self._backbone)
+        else:
+            check_name(adapter_name)
+            self._put(adapter_name, checkpoint.load(model_id, self._backbone, is_trainable, torch_dtype))
 
     def set_adapter(self, adapter_name: str) -> None:
         """Makes an adapter the active one. It alone trains, unless it was loaded with ``is_trainable=False``."""
@@ -132,7 +125,9 @@ class VPTModel(PromptedModel):
             self._caches.pop(adapter_name, None)
         if adapter_name == self._active_adapter:
             self.set_adapter(others[0])
-            warnings.warn(f"The active adapter '{adapter_name}' was deleted; '{others[0]}' is active now.", stacklevel=2)
+            warnings.warn(
+                f"The active adapter '{adapter_name}' was deleted; '{others[0]}' is active now.", stacklevel=2
+            )
 
     def unload(self) -> Any:
         """Detaches everything and returns the backbone as it was passed in."""
@@ -183,7 +178,9 @@ class VPTModel(PromptedModel):
     def print_trainable_parameters(self) -> None:
         """Prints what :meth:`get_nb_trainable_parameters` counts, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     # -- saving and loading -----------------------------------------------------------------------------------------
 
@@ -222,7 +219,7 @@ class VPTModel(PromptedModel):
         """
         check_name(adapter_name)
         backbone = _free_backbone(model)
-        adapter = _load(backbone, model_id, is_trainable, torch_dtype)
+        adapter = checkpoint.load(model_id, backbone, is_trainable, torch_dtype)
         vpt = cls.__new__(cls)
         nn.Module.__init__(vpt)
         vpt._set_up(backbone, adapter_name, adapter, training=False)
@@ -257,18 +254,6 @@ def set_adapter_state_dict(model: VPTModel, state_dict: dict[str, Tensor], adapt
     """
     check_known(model.adapters, [adapter_name])  # type: ignore[arg-type]
     checkpoint.load_state_dict(model._adapters[adapter_name], state_dict)
-
-
-def _load(
-    backbone: Backbone, model_id: str | os.PathLike[str], is_trainable: bool, torch_dtype: torch.dtype | None
-) -> Adapter:
-    saved = checkpoint.load(model_id)
-    checkpoint.check_fit(saved, backbone)
-    adapter = Adapter(saved.config.replace(inference_mode=not is_trainable), backbone, saved.labels)
-    if torch_dtype is not None:
-        adapter.to(torch_dtype)
-    checkpoint.load_state_dict(adapter, saved.tensors)
-    return adapter
 
 
 def check_name(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .batch import begin_pass, count_labels
 from .errors import AdapterError, RouteError
 from .passes import Pass, current
 from .routes import Attachment, ProjectionCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PromptedModel(nn.Module):
@@ -72,7 +75,9 @@ class PromptedModel(nn.Module):
             kwargs |= {"labels": labels} if labels is not None else {}
             return self.base_model(pixel_values, return_dict=return_dict, **kwargs)
         if labels is not None and adapter_names is not None:
-            raise AdapterError("labels cannot be given with adapter_names: tasks differ in labels. Train one at a time.")
+            raise AdapterError(
+                "labels cannot be given with adapter_names: tasks differ in labels. Train one at a time."
+            )
 
         running = self._begin_pass(pixel_values.shape[0], adapter_names)
         with current.entered(running):
@@ -149,7 +154,7 @@ class PromptedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The backbone's precision."""
-        return next(self._backbone.trunk.parameters()).dtype  # type: ignore[no-any-return]
+        return next(self._backbone.trunk.parameters()).dtype
 
     @property
     def routes(self) -> dict[int, str]:
@@ -165,7 +170,7 @@ class PromptedModel(nn.Module):
         finally:
             self._num_disabled -= 1
 
-    def train(self, mode: bool = True) -> VPTModel:
+    def train(self, mode: bool = True) -> Self:
         """Sets the adapters' mode. The frozen backbone stays in eval mode: no dropout, no stochastic depth."""
         super().train(mode)
         self.base_model.eval()

@@ -27,9 +27,10 @@ class Prompts(nn.Module):
         config: the adapter's config.
         widths: ``{layer: width}`` of the layers that get fresh prompts, in order.
         patch_size: side of the backbone's patches in pixels; it sets the scale of the initial values.
+        device: where to create them.
     """
 
-    def __init__(self, config: PromptConfig, widths: Mapping[int, int], patch_size: int) -> None:
+    def __init__(self, config: PromptConfig, widths: Mapping[int, int], patch_size: int, device: torch.device) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.widths = dict(widths)
@@ -37,17 +38,22 @@ class Prompts(nn.Module):
         self.shared = config.shared
         own = list(widths)[:1] if config.shared else list(widths)
         self.embeddings = nn.ParameterDict(
-            {str(layer): nn.Parameter(torch.empty(config.num_tokens, self._learned_width(config, layer))) for layer in own}
+            {
+                str(layer): nn.Parameter(
+                    torch.empty(config.num_tokens, config.projection_dim or widths[layer], device=device)
+                )
+                for layer in own
+            }
         )
         self.projections = nn.ModuleDict(
-            {str(width): nn.Linear(config.projection_dim, width) for width in sorted(set(widths.values()))}
+            {
+                str(width): nn.Linear(config.projection_dim, width, device=device)
+                for width in sorted(set(widths.values()))
+            }
             if config.projection_dim
             else {}
         )
         self.reset(config.init, patch_size)
-
-    def _learned_width(self, config: PromptConfig, layer: int) -> int:
-        return config.projection_dim or self.widths[layer]
 
     @torch.no_grad()
     def reset(self, init: str, patch_size: int) -> None:
@@ -58,7 +64,7 @@ class Prompts(nn.Module):
                 nn.init.uniform_(embedding, -bound, bound)
             else:
                 nn.init.normal_(embedding, std=0.02)
-        for projection in self.projections.values():
+        for projection in self._projections.values():
             nn.init.kaiming_normal_(projection.weight, mode="fan_out")
             nn.init.zeros_(projection.bias)
 
@@ -72,10 +78,14 @@ class Prompts(nn.Module):
             tokens = nn.functional.dropout(tokens.expand(num_images, -1, -1), self.dropout)
         return tokens
 
+    @property
+    def _projections(self) -> dict[str, nn.Linear]:
+        return dict(self.projections.items())  # type: ignore[arg-type]
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors under the names of the adapter format: ``prompts.{layer}`` and ``projection.*``."""
         tensors: dict[str, Tensor] = {f"prompts.{layer}": tensor for layer, tensor in self.embeddings.items()}
-        for width, projection in self.projections.items():
+        for width, projection in self._projections.items():
             prefix = "projection" if len(self.projections) == 1 else f"projection.{width}"
             tensors |= {f"{prefix}.weight": projection.weight, f"{prefix}.bias": projection.bias}
         return tensors

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
-
 from ..backbones import Backbone
 from .attention import AttentionDoor
 from .doors import Door
@@ -54,5 +52,3 @@ class Attachment:
             parameter.requires_grad_(requires_grad)
         for module, training in self.training:
             module.training = training
-
-

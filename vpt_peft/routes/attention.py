@@ -60,7 +60,7 @@ def prompted_attention(
         The output ``(num_images · num_windows, num_tokens, num_heads, head_dim)``, and the weights of the image's
         queries, if there are any, in which prompts are further keys behind the image's.
     """
-    config = module.config
+    config: Any = module.config
     attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
         config.bare._attn_implementation, config.eager
     )
@@ -70,9 +70,14 @@ def prompted_attention(
     if not guests or not isinstance(visit, Visit):
         return attend(bare, query, key, value, attention_mask, **kwargs)
 
+    num_tokens = query.shape[2]
+    if isinstance(attention_mask, Tensor) and attention_mask.shape[-1] != num_tokens:
+        # Swin on an image smaller than its window: an error of the backbone's own, and not the prompts'
+        return attend(bare, query, key, value, attention_mask, **kwargs)
+
     visit.met = True
     layer, num_images = visit.layer, visit.of.num_images
-    num_windows, num_tokens = query.shape[0] // num_images, query.shape[2]
+    num_windows = query.shape[0] // num_images
     seating = seat_guests(guests, num_images)
     as_tokens = any(guest.lives_on for guest in guests)
     mask = pad_mask(attention_mask, query, seating.num_places, as_tokens, seating.taken)

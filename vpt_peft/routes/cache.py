@@ -14,16 +14,14 @@ class ProjectionCache:
     """Projections of one adapter's prompts by layer, each kept as long as all that it was computed from is the same.
 
     A tensor counts as the same while its storage, device, precision and version are; what writes past torch's
-    version counter (``tensor.data``) is not seen. Nothing is kept where gradients are wanted or a graph is traced, nor under autocast,
-    whose precision may change from call to call.
+    version counter (``tensor.data``) is not seen. Nothing is kept where gradients are wanted, a graph is traced, or
+    autocast may change the precision from call to call.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Fingerprint, list[Tensor]]] = {}
 
-    def keep(
-        self, layer: int, sources: Sequence[nn.Module], compute: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def keep(self, layer: int, sources: Sequence[nn.Module], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """A layer's projections, computed anew if any parameter of ``sources`` has changed."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type(sources)):
             return compute()

@@ -24,12 +24,12 @@ class Door(ABC):
     """Takes calls of ``module.forward``. Outside a pass it lets them through unchanged."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
 
     def attach(self) -> None:
         self.previous = self.module.__dict__.get("forward")
         self.forward = self.module.forward
-        self.module.forward = self  # type: ignore[assignment]
+        self.module.forward = self
 
     def detach(self) -> None:
         del self.module.forward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ class LayerDoor(Door):
         running = current_pass()
         if running is None:
             return self.forward(*args, **kwargs)
-        run = partial(self._visit, running, **kwargs)
+        run: Callable[..., Any] = partial(self._visit, running, **kwargs)
         if running.training and getattr(self.module, "gradient_checkpointing", False):
             run = partial(self._checkpoint, run)
         output, left = run(tuple(group.tokens for group in running.groups), *args)
@@ -54,19 +53,20 @@ class LayerDoor(Door):
         on a shallow copy that shares all parameters, so that no input changes what others get, before or after."""
         if not self.layer.architecture.overwrites_settings or self.previous is not None:
             return self.forward
-        layer = copy(self.module)
+        layer = object.__new__(type(self.module))  # what copy.copy does, in words that torch.compile can trace
+        layer.__dict__.update(self.module.__dict__)
         return partial(type(layer).forward, layer)
 
     @property
     def _checkpoint(self) -> Callable[..., Any]:
         """The layer's own checkpointing: transformers skips it in eval mode, which a frozen backbone always is in."""
-        function = self.module._gradient_checkpointing_func
+        function: Callable[..., Any] = self.module._gradient_checkpointing_func
         if getattr(function, "keywords", {}).get("use_reentrant", False):
             raise RouteError(
                 "Gradient checkpointing must be non-reentrant, got use_reentrant=True, which loses the prompts' "
                 'gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
             )
-        return function  # type: ignore[no-any-return]
+        return function
 
 
 class MergingDoor(Door):
