@@ -1,6 +1,6 @@
 """Accuracy of a linear head, VPT-Shallow, VPT-Deep and full fine-tuning on small image sets, as a Markdown table.
 
-    python benchmarks/accuracy.py --model google/vit-base-patch16-224-in21k --data flowers textures --output results.json
+    python benchmarks/accuracy.py --model google/vit-base-patch16-224-in21k --data flowers scenes --output flowers.json
     python benchmarks/accuracy.py --backbone swin       # a small Swin, pretrained on the spot on handwritten digits
 
 Each method has one fixed setting for all image sets, chosen with ``--validation``, which tests on a fifth of the
@@ -24,15 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import digits
 from images import DataError, ImageSet, Preprocessing, load_images
-from training import METHODS, Method, Settings, be_quiet, load_backbone, table, tune
-from transformers import AutoConfig
+from training import METHODS, Method, Result, Settings, be_quiet, load_backbone, table, tune
 
 HEADING = ("Data", "Method", "Accuracy", "Trained parameters", "Of the backbone", "Saved", "Training")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to tune to what: ``backbone`` is a checkpoint's name or folder, ``model`` and ``data`` are shown to people."""
+    """What to tune to what. ``backbone`` is a checkpoint's name or folder; ``model`` and ``data`` are for the table."""
 
     model: str
     backbone: str
@@ -72,8 +71,8 @@ def tasks(args: argparse.Namespace, seed: int, folder: Path) -> Iterator[Task]:
         digits.pretrain(args.backbone, folder, digits.PRETRAINING_EPOCHS, seed)
         yield Task(f"small {args.backbone}, digits 0-4", str(folder), "digits 5-9", *digits.new_task(seed))
     for data in args.data:
-        preprocessing = Preprocessing.of(args.model, AutoConfig.from_pretrained(args.model))
-        yield Task(_name(args.model), args.model, _name(data), *load_images(data, preprocessing, seed))
+        images = load_images(data, Preprocessing.of(args.model), seed)
+        yield Task(_name(args.model), args.model, _name(data), *images)
 
 
 def _name(source: str) -> str:
@@ -95,9 +94,10 @@ def methods(args: argparse.Namespace) -> dict[str, Method]:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains everything that is not in the output yet. Returns the output's runs, new and old."""
+    """Trains what the command line asks for and the output does not hold yet. Returns the runs that were asked for."""
     settings = Settings(args.epochs, args.batch_size, flip=args.flip)
-    runs: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
+    known: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
+    asked = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             for task in tasks(args, seed, Path(folder) / "backbone"):
@@ -106,30 +106,37 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     key = {
                         "model": task.model, "data": task.data, "method": name, "seed": seed,
                         **dataclasses.asdict(settings), "learning_rate": method.learning_rate,
-                        "num_tokens": method.config.num_tokens if method.config else 0, "validation": args.validation,
-                        "images": [len(part) for part in images],
+                        "num_tokens": method.config.num_tokens if method.config else 0,
+                        "train_images": len(images[0]), "test_images": len(images[1]), "validation": args.validation,
                     }  # fmt: skip
-                    if any(key.items() <= done.items() for done in runs):
-                        continue
-                    print(f"{task.data}, seed {seed}", file=sys.stderr)
-                    model = load_backbone(task.backbone, task.train_set.class_names)
-                    result = tune(model, method, images, settings, seed, Path(folder) / f"{task.data}-{name}")
-                    runs.append({
-                        **key, "accuracy": round(result.accuracy, 2), "parameters": result.parameters,
-                        "share": round(result.share, 3), "bytes": result.size, "seconds": round(result.seconds, 1),
-                    })  # fmt: skip
-                    args.output.parent.mkdir(parents=True, exist_ok=True)
-                    args.output.write_text(json.dumps(runs, indent=1) + "\n")
-    return runs
+                    done = next((one for one in known if key.items() <= one.items()), None)
+                    if done is None:
+                        print(f"{task.data}, seed {seed}", file=sys.stderr)
+                        model = load_backbone(task.backbone, task.train_set.class_names, seed)
+                        result = tune(model, method, images, settings, seed, Path(folder) / f"{task.data}-{name}")
+                        done = key | measured(result)
+                        known.append(done)
+                        args.output.parent.mkdir(parents=True, exist_ok=True)
+                        args.output.write_text(json.dumps(known, indent=1) + "\n")
+                    asked.append(done)
+    return asked
+
+
+def measured(result: Result) -> dict[str, float]:
+    """What is kept of a result."""
+    return {
+        "accuracy": round(result.accuracy, 2), "parameters": result.parameters, "share": round(result.share, 3),
+        "bytes": result.size, "seconds": round(result.seconds, 1),
+    }  # fmt: skip
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> str:
-    """One row for each image set and method: the mean over the seeds, and the standard deviation if there are several."""
+    """One row for each image set and method: the mean over the seeds, ± the standard deviation if there are several."""
     rows = [HEADING]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in runs:
-        groups.setdefault((one["model"], one["data"], one["method"]), []).append(one)
-    for (_, data, name), group in groups.items():
+        groups.setdefault((one["data"], one["method"]), []).append(one)
+    for (data, name), group in groups.items():
         accuracies = [one["accuracy"] for one in group]
         spread = f" ± {statistics.stdev(accuracies):.1f}" if len(group) > 1 else ""
         rows.append((

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import AutoConfig, AutoImageProcessor
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -32,13 +32,24 @@ class Preprocessing:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @classmethod
-    def of(cls, model_name: str, config: PretrainedConfig) -> Preprocessing:
-        """The checkpoint's own mean and standard deviation, or 0.5 and 0.5 where it comes without a processor."""
+    def of(cls, model_name: str) -> Preprocessing:
+        """The checkpoint's own mean and standard deviation, or 0.5 and 0.5 where it comes without a processor.
+
+        Raises:
+            DataError: there is no such checkpoint, or it is not for images.
+        """
+        try:
+            size = AutoConfig.from_pretrained(model_name).image_size
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"The model must be the name or folder of a checkpoint for images, got '{model_name}': {error}"
+            ) from error
+        size = size if isinstance(size, int) else size[0]
         try:
             processor: Any = AutoImageProcessor.from_pretrained(model_name)
-        except OSError:
-            return cls(config.image_size)
-        return cls(config.image_size, tuple(processor.image_mean), tuple(processor.image_std))
+        except (OSError, ValueError):
+            return cls(size)
+        return cls(size, tuple(processor.image_mean), tuple(processor.image_std))
 
     def load(self, image: Image.Image) -> Tensor:
         """``(3, size, size)`` bytes: the largest square in the middle of the image, resized."""
@@ -128,7 +139,9 @@ def _from_folder(folder: Path, preprocessing: Preprocessing) -> ImageSet | tuple
     names = _class_names(folder / "train")
     unknown = sorted(set(_class_names(test)) - set(names))
     if unknown:
-        raise DataError(f"'{test}' must hold the classes of '{folder / 'train'}', but has {', '.join(unknown)} besides.")
+        raise DataError(
+            f"'{test}' must hold the classes of '{folder / 'train'}', but has {', '.join(unknown)} besides."
+        )
     train_set = _from_class_folders(folder / "train", names, preprocessing)
     return train_set, _from_class_folders(test, names, preprocessing)
 

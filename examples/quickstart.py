@@ -18,7 +18,7 @@ import digits
 import torch
 from images import DataError, ImageSet, Preprocessing, load_images
 from training import DEVICE, METHODS, Result, Settings, accuracy, be_quiet, load_backbone, predict, table, tune
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from vpt_peft import VPTError, VPTModel
 
@@ -52,8 +52,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> tuple[str, ImageSet, ImageSet]:
     """The backbone's name or folder, and the images to train on and to test on."""
     if args.model:
-        preprocessing = Preprocessing.of(args.model, AutoConfig.from_pretrained(args.model))
-        return args.model, *load_images(args.data, preprocessing, args.seed)
+        return args.model, *load_images(args.data, Preprocessing.of(args.model), args.seed)
     folder = args.output / "backbone"
     print(f"1. Pretraining a small {args.backbone} on the handwritten digits 0 to 4.")
     reached = digits.pretrain(args.backbone, folder, args.pretraining_epochs, args.seed)
@@ -67,7 +66,7 @@ def compare(backbone: str, train_set: ImageSet, test_set: ImageSet, args: argpar
     print(f"2. Freezing it and tuning it to the classes {names}:")
     print(f"   {len(train_set)} images to train on, {len(test_set)} to test on, {args.epochs} epochs.")
     settings = Settings(args.epochs, flip=args.flip)
-    model = load_backbone(backbone, train_set.class_names)
+    model = load_backbone(backbone, train_set.class_names, args.seed)
     results = {}
     for name in NAMES:
         results[name] = tune(model, METHODS[name], (train_set, test_set), settings, args.seed, args.output / name)
@@ -90,9 +89,10 @@ def check_reloaded(backbone: str, folder: Path, test_set: ImageSet, expected: to
     fresh = AutoModelForImageClassification.from_pretrained(backbone, dtype=torch.float32).to(DEVICE)
     logits = predict(VPTModel.from_pretrained(fresh, folder), test_set)
     if not torch.equal(logits, expected):
-        sys.exit(f"The reloaded adapter must predict the same, but its logits differ by {(logits - expected).abs().max()}.")
-    print(f"   Reloaded into a fresh backbone: all {len(logits)} predictions are identical to the last bit, ")
-    print(f"   accuracy {accuracy(logits, test_set):.1f} %.")
+        difference = (logits - expected).abs().max()
+        sys.exit(f"The reloaded adapter must predict the same, but its logits differ by up to {difference}.")
+    print(f"   Reloaded into a fresh backbone, it gives the same {len(logits)} predictions, identical to the last bit")
+    print(f"   ({accuracy(logits, test_set):.1f} % are right).")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

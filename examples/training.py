@@ -81,9 +81,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def train(
-    model: nn.Module, images: ImageSet, settings: Settings, learning_rate: float, seed: int, title: str
-) -> float:
+def train(model: nn.Module, images: ImageSet, settings: Settings, learning_rate: float, seed: int, title: str) -> float:
     """Trains what requires gradients, with a progress bar. Returns the seconds that it took."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -101,8 +99,8 @@ def train(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
     return time.perf_counter() - start
 
 
@@ -119,8 +117,9 @@ def accuracy(logits: Tensor, images: ImageSet) -> float:
     return 100 * (logits.argmax(dim=-1) == images.labels).float().mean().item()
 
 
-def load_backbone(name: str, class_names: Sequence[str]) -> Any:
-    """A checkpoint, in float32 on :data:`DEVICE`, with a new head for these classes."""
+def load_backbone(name: str, class_names: Sequence[str], seed: int) -> Any:
+    """A checkpoint, in float32 on :data:`DEVICE`, with a new head for these classes, drawn at random."""
+    torch.manual_seed(seed)
     model = AutoModelForImageClassification.from_pretrained(
         name,
         num_labels=len(class_names),

@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tiny import BUILDERS, Tiny
+from hub_server import HubServer
+
+HUB = HubServer()
+HUB.take_process()  # before the client is imported, which reads its address then; no test reaches the network
+
+from tiny import BUILDERS, Tiny  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -26,6 +31,15 @@ def vit() -> Tiny:
 @pytest.fixture
 def swin() -> Tiny:
     return BUILDERS["swin"]()
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """An empty Hub with the user "me"; afterwards, no request may have been unknown to it."""
+    HUB.reset()
+    HUB.add_user("me", "hf_me")
+    yield HUB
+    HUB.check()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def wants_lfs(path: str, size: int) -> bool:
 class Blob:
     """The content of a file; in git, an LFS file is a pointer of three lines."""
 
-    content: bytes
+    content: bytes = field(repr=False)
     lfs: bool = False
 
     @cached_property
@@ -69,12 +69,12 @@ class Blob:
 @dataclass(frozen=True)
 class Commit:
     oid: str
-    parent: Commit | None
+    parent: Commit | None = field(repr=False)
     author: str
     title: str
     message: str
     date: str
-    files: Mapping[str, Blob]
+    files: Mapping[str, Blob] = field(repr=False)
 
     def entries(self) -> list[dict[str, Any]]:
         """Files and folders, as the client reads them."""

@@ -120,7 +120,7 @@ class HubServer:
     def add_repo(self, id: str, files: Mapping[str, bytes] | Path | None = None, private: bool = False) -> Repo:
         """A model repository that is there already, with some contents by path, or with the files of a folder."""
         if isinstance(files, Path):
-            files = {str(p.relative_to(files).as_posix()): p.read_bytes() for p in files.rglob("*") if p.is_file()}
+            files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}
         repo = self.repos[id] = Repo("models", id, private)
         if files:
             repo.put(files)
@@ -130,15 +130,15 @@ class HubServer:
         return self.repos[id]
 
     def set_gated(self, id: str, *granted: str) -> None:
-        """From now on, only the owner and the users named here may download files."""
+        """Lets nobody but the owner and the users named here download files, from now on."""
         self.repos[id].gated, self.repos[id].granted = True, set(granted)
 
     def break_downloads(self, count: int, kept: float = 0.5, part: str = "") -> None:
-        """Breaks the connection of the next downloads, with this in their path, after a share of what they send."""
+        """Breaks off the next downloads of paths with ``part`` in them, after a share of what each would send."""
         self._breaks["GET"], self._kept, self._part = count, kept, part
 
     def break_uploads(self, count: int) -> None:
-        """Breaks the connection of the next uploads of large files, half way."""
+        """Breaks off the next uploads of large files, half way."""
         self._breaks["PUT"] = count
 
     def count(self, method: str, part: str = "") -> int:
@@ -175,7 +175,7 @@ class HubServer:
     def client(
         self, token: str | None = None, cache: Path | str | None = None, offline: bool = False
     ) -> Iterator[None]:
-        """In a process that this Hub took: a user's token, a cache, a new one by default, and being offline."""
+        """Sets the user's token, the cache (by default a new one) and offline, in a process that this Hub took."""
         from huggingface_hub import constants
 
         assert self.url == constants.ENDPOINT, f"expected a client of {self.url}, got one of {constants.ENDPOINT}"
@@ -214,7 +214,7 @@ class HubServer:
             code = f"from __future__ import annotations\n{textwrap.dedent(inspect.getsource(code))}\n{call}"
         environment = {**self.environment(token, cache), "HF_HUB_OFFLINE": str(int(offline)), **(env or {})}
         environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-        report = Path(environment["HF_HOME"], "report.json")
+        report = Path(tempfile.mkdtemp(dir=self._folder.name), "report.json")
         task = json.dumps({"code": textwrap.dedent(code), "variables": variables}, default=str)
         command = [sys.executable, "-c", RUNNER, str(report)]
         ran = subprocess.run(command, input=task, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -243,12 +243,3 @@ def test_an_adapter_for_another_architecture_names_both(vit: Tiny, swin: Tiny, t
         VPTModel.from_pretrained(tiny_vit().model, tmp_path / "swin")
     with pytest.raises(CheckpointError, match=r"widths \[24\], got a backbone of 4 layers of widths \[48\]"):
         VPTModel.from_pretrained(tiny_vit(hidden_size=48).model, tmp_path / "vit")
-
-
-def test_the_users_card_is_kept(tiny: Tiny, tmp_path: Path) -> None:
-    vpt = tiny.prompted()
-    vpt.save_pretrained(tmp_path)
-    assert "VPT-Deep" in (tmp_path / "README.md").read_text()
-    (tmp_path / "README.md").write_text("mine")
-    vpt.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"

@@ -1,5 +1,12 @@
 """Visual Prompt Tuning for the vision transformers of ``transformers``."""
 
+from .auto import (
+    AutoVPTModel,
+    AutoVPTModelForFeatureExtraction,
+    AutoVPTModelForImageClassification,
+    AutoVPTModelForMaskedImageModeling,
+    AutoVPTModelForSemanticSegmentation,
+)
 from .backbones import Architecture, Head, register_architecture
 from .config import PromptConfig
 from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
@@ -9,6 +16,11 @@ from .version import __version__
 __all__ = [
     "AdapterError",
     "Architecture",
+    "AutoVPTModel",
+    "AutoVPTModelForFeatureExtraction",
+    "AutoVPTModelForImageClassification",
+    "AutoVPTModelForMaskedImageModeling",
+    "AutoVPTModelForSemanticSegmentation",
     "CheckpointError",
     "ConfigError",
     "Head",

@@ -21,6 +21,11 @@ def check_known(adapters: Mapping[str, object], names: Sequence[object]) -> None
         raise AdapterError(f"The model has the adapters {', '.join(adapters)}, got {', '.join(unknown)}.")
 
 
+def check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or name == BASE or any(sign in name for sign in "./\\"):
+        raise AdapterError(f"An adapter's name must be a word without dots and slashes, not '{BASE}', got {name!r}.")
+
+
 def begin_pass(adapters: Mapping[str, Adapter], names: Sequence[str], num_images: int, training: bool) -> Pass:
     """A pass in which each image is seen with its own task's prompts and head.
 

@@ -1,45 +1,92 @@
-"""The model card that lies beside an adapter."""
+"""The model card that lies beside an adapter. The user's own words in it are kept."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from .adapter import Adapter
 from .config import PromptConfig
 
 NAME = "README.md"
-AUTO_CLASSES = {
-    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
-    "SEMANTIC_SEGMENTATION": "AutoModelForSemanticSegmentation",
-    "MASKED_IMAGE_MODELING": "AutoModelForMaskedImageModeling",
-    "FEATURE_EXTRACTION": "AutoModel",
+BEGIN, END = "<!-- vpt-peft: generated, begin -->", "<!-- vpt-peft: generated, end -->"
+PIPELINES = {
+    "IMAGE_CLASSIFICATION": "image-classification",
+    "SEMANTIC_SEGMENTATION": "image-segmentation",
+    "FEATURE_EXTRACTION": "image-feature-extraction",
 }
+LABELS_SHOWN = 50
 
 
-def write(adapter: Adapter, folder: Path) -> None:
-    """Writes a card into an adapter folder that has none; a card that is there is the user's."""
+def write(
+    adapter: Adapter,
+    folder: Path,
+    model_id: str | None = None,
+    training_data: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    license: str | None = None,
+) -> None:
+    """Writes an adapter's card, or refreshes the generated part and the metadata of the one that is there.
+
+    A card without a generated part is the user's: its text stays as it is.
+
+    Args:
+        model_id: how the adapter will be found; None: by its folder.
+        training_data: name of the data set that it was trained on.
+        metrics: ``{name: value}`` measured on it.
+        license: of the adapter.
+    """
     path = folder / NAME
-    if not path.exists():
-        path.write_text(_render(adapter, folder), encoding="utf-8")
+    there = path.read_text(encoding="utf-8") if path.exists() else ""
+    data, text = _split(there)
+    data |= _metadata(adapter, training_data, license, data.get("tags") or [])
+    generated = f"{BEGIN}\n{_render(adapter, model_id or str(folder), training_data, metrics).strip()}\n{END}"
+    if BEGIN in text and END in text:
+        text = text.split(BEGIN, 1)[0] + generated + text.split(END, 1)[1]
+    metadata = ModelCardData(**data).to_yaml()
+    path.write_text(f"---\n{metadata}\n---\n\n{text or generated}\n", encoding="utf-8")
 
 
-def _render(adapter: Adapter, folder: Path) -> str:
+def _split(content: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and its text."""
+    if not content.startswith("---"):
+        return {}, content.strip()
+    card = ModelCard(content, ignore_metadata_errors=True)
+    return card.data.to_dict(), card.text.strip()  # type: ignore[no-untyped-call]
+
+
+def _metadata(adapter: Adapter, training_data: str | None, license: str | None, tags: list[str]) -> dict[str, Any]:
+    config = adapter.config
+    values = {
+        "library_name": "vpt-peft",
+        "base_model": config.base_model_name_or_path,
+        "base_model_relation": "adapter" if config.base_model_name_or_path else None,
+        "pipeline_tag": PIPELINES.get(str(config.task_type)),
+        "tags": sorted({*tags, "peft", "visual-prompt-tuning", "vpt-peft"}),
+        "datasets": [training_data] if training_data else None,
+        "license": license,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _render(adapter: Adapter, model_id: str, training_data: str | None, metrics: Mapping[str, float] | None) -> str:
     config = adapter.config
     template = Template(files("vpt_peft").joinpath("card_template.md").read_text(encoding="utf-8"))
-    base_model = config.base_model_name_or_path or "PATH OR NAME OF THE BACKBONE"
-    labels = [str(label) for label in adapter.labels()["id2label"].values()]
+    tensors = adapter.tensors().values()
     return template.substitute(
-        title=folder.name,
+        title=Path(model_id).name,
         variant=_variant(config),
-        backbone=base_model,
-        base_model=base_model,
+        backbone=_backbone(config.base_model_name_or_path),
         num_tokens=config.num_tokens,
-        parameters=f"{sum(parameter.numel() for parameter in adapter.parameters()):,}",
-        labels=", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else ""),
-        model_class=AUTO_CLASSES[str(config.task_type)],
-        folder=folder,
+        parameters=f"{sum(tensor.numel() for tensor in tensors):,}",
+        bytes=f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors):,}",
+        details=_details(adapter, training_data, metrics),
+        code=_code(config, model_id),
     )
 
 
@@ -47,3 +94,32 @@ def _variant(config: PromptConfig) -> str:
     if config.num_tokens == 0:
         return "BitFit" if config.bias == "all" else "linear probing"
     return "VPT-Deep" if config.deep else "VPT-Shallow"
+
+
+def _backbone(name: str | None) -> str:
+    if name is None:
+        return "a backbone without a name"
+    return (
+        f"`{name}`" if Path(name).is_absolute() or Path(name).exists() else f"[{name}](https://huggingface.co/{name})"
+    )
+
+
+def _details(adapter: Adapter, training_data: str | None, metrics: Mapping[str, float] | None) -> str:
+    lines = []
+    if training_data:
+        lines.append(f"| training data | {training_data} |")
+    lines += [f"| {name} | {value:.4g} |" for name, value in (metrics or {}).items()]
+    if adapter.config.task_type in ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION"):
+        names = list(adapter.labels()["id2label"].values())
+        more = f" and {len(names) - LABELS_SHOWN} more" if len(names) > LABELS_SHOWN else ""
+        lines.append(f"| labels | {', '.join(names[:LABELS_SHOWN])}{more} |")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _code(config: PromptConfig, model_id: str) -> str:
+    if config.base_model_name_or_path is not None:
+        return f'from vpt_peft import AutoVPTModel\n\nvpt = AutoVPTModel.from_pretrained("{model_id}")'
+    return (
+        "from vpt_peft import VPTModel\n\n"
+        f'vpt = VPTModel.from_pretrained(model, "{model_id}")  # model: the backbone it was trained on'
+    )

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-from torch import Tensor
 
 from .adapter import Adapter
 from .backbones import Backbone
 from .config import PromptConfig
 from .errors import CheckpointError, ConfigError
+from .state import load_state_dict, misfits, refuse, shapes_of, state_dict
 from .weights import Weights, digest, open_weights, pack, parse_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -127,7 +127,7 @@ def load(
             adapter = Adapter(config, backbone, saved.labels, torch.device("meta"))
         except (RuntimeError, OverflowError, TypeError) as error:
             raise CheckpointError(f"{CONFIG_NAME} describes no adapter that can exist: {error}.") from error
-        _refuse(_misfits(_shapes(adapter.tensors()), saved.weights.shapes))
+        refuse(misfits(shapes_of(adapter.tensors()), saved.weights.shapes))
         adapter.materialize(backbone.device, dtype)
         load_state_dict(adapter, saved.weights.tensors())
         return adapter
@@ -160,14 +160,12 @@ def open_folder(folder: str | os.PathLike[str]) -> Iterator[Saved]:
     path = _find(Path(folder))
     content = _read_config(path / CONFIG_NAME)
     with open_weights(path / WEIGHTS_NAME) as weights:
-        values = _parse_config(content, path)
-        parsed = _parse(values)
+        parsed = _parse(_parse_config(content, path))
         if weights.config is not None:
-            sealed = _parse_config(weights.config.encode(), path)
+            sealed = _parse(_parse_config(weights.config.encode(), path))
             if weights.replaces == digest(content):  # a save ended between its two files
-                parsed = _parse(sealed)
-            else:
-                _check_belongs(values, sealed)
+                parsed = sealed
+            _check_belongs(_function(*parsed), _function(*sealed))
         yield Saved(*parsed, weights)
 
 
@@ -199,13 +197,19 @@ def _check_inside(folder: Path, name: str) -> None:
         raise CheckpointError(f"'{folder / name}' must be a file of its folder, got a link out of it. Copy it there.")
 
 
+def _function(config: PromptConfig, labels: dict[str, Any], model_type: str, widths: list[int]) -> dict[str, Any]:
+    values = {**config.to_dict(), "model_type": model_type, "widths": widths}
+    return {name: values[name] for name in SEALED}
+
+
 def _check_belongs(values: dict[str, Any], sealed: dict[str, Any]) -> None:
-    changed = [name for name in SEALED if values.get(name, sealed.get(name)) != sealed.get(name)]
+    changed = [
+        f"{name}: expected {sealed[name]!r}, got {values[name]!r}" for name in SEALED if values[name] != sealed[name]
+    ]
     if changed:
         raise CheckpointError(
-            f"{CONFIG_NAME} does not belong to {WEIGHTS_NAME}, which was saved with other values: "
-            + ", ".join(f"{name}: expected {sealed.get(name)!r}, got {values.get(name)!r}" for name in changed)
-            + ". Restore them, or save the adapter again."
+            f"{CONFIG_NAME} does not belong to {WEIGHTS_NAME}, which was saved with other values. {changed}. "
+            "Restore them, or save the adapter again."
         )
 
 
@@ -235,60 +239,6 @@ def _check_fit(saved: Saved, backbone: Backbone) -> None:
             f"The adapter was made for {len(saved.widths)} layers of widths {_brief(saved.widths)}, got a backbone of "
             f"{len(backbone.widths)} layers of widths {_brief(backbone.widths)}. Load the one that it was trained on."
         )
-
-
-# -- tensors --------------------------------------------------------------------------------------------------------
-
-
-def state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """Detached tensors of an adapter under the names of the format; they share its memory."""
-    return {name: tensor.detach() for name, tensor in adapter.tensors().items()}
-
-
-@torch.no_grad()
-def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors into an adapter. Strict and complete; if it fails, nothing has changed.
-
-    Raises:
-        CheckpointError: names every missing, unexpected and mis-shaped tensor, and those with values that are not
-            finite.
-    """
-    own = state_dict(adapter)
-    known = {name: tensor for name, tensor in tensors.items() if name in own}
-    _refuse(
-        _misfits(_shapes(own), _shapes(tensors))
-        | {
-            "of another type": [
-                f"{name}: expected {own[name].dtype}, got {tensor.dtype}"
-                for name, tensor in known.items()
-                if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex()
-            ],
-            "not finite (NaN or infinite)": [name for name, tensor in known.items() if not tensor.isfinite().all()],
-        }
-    )
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _misfits(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    both = [name for name in own if name in given]
-    return {
-        "missing": [f"{name} {own[name]}" for name in own if name not in given],
-        "unexpected": [f"{name} {given[name]}" for name in given if name not in own],
-        "of another shape": [
-            f"{name}: expected {own[name]}, got {given[name]}" for name in both if own[name] != given[name]
-        ],
-    }
-
-
-def _refuse(problems: Mapping[str, list[str]]) -> None:
-    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
-    if found:
-        raise CheckpointError("The tensors do not fit the adapter. " + "; ".join(found) + ". Nothing was loaded.")
 
 
 # -- the config file ------------------------------------------------------------------------------------------------

@@ -6,19 +6,21 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from . import card, checkpoint
+from . import card, checkpoint, hub, state
 from .adapter import Adapter
-from .backbones import Backbone, find_backbone
-from .batch import BASE, check_known
+from .backbones import Backbone
+from .batch import check_known, check_name
 from .config import PromptConfig
 from .errors import AdapterError
+from .origin import free_backbone, warn_of_change, warn_of_local, with_origin
 from .prompted import PromptedModel
-from .routes import has_doors
 from .version import __version__
 
 
@@ -40,8 +42,8 @@ class VPTModel(PromptedModel):
     def __init__(self, model: nn.Module, config: PromptConfig, adapter_name: str = "default") -> None:
         super().__init__()
         check_name(adapter_name)
-        backbone = _free_backbone(model)
-        self._set_up(backbone, adapter_name, Adapter(_with_origin(config, backbone), backbone), model.training)
+        backbone = free_backbone(model)
+        self._set_up(backbone, adapter_name, Adapter(with_origin(config, backbone), backbone), model.training)
 
     def _set_up(self, backbone: Backbone, name: str, adapter: Adapter, training: bool) -> None:
         self._attach(backbone, training)
@@ -76,7 +78,7 @@ class VPTModel(PromptedModel):
         """
         self._check_attached()
         self._check_new(adapter_name)
-        self._put(adapter_name, Adapter(_with_origin(config, self._backbone), self._backbone, labels))
+        self._put(adapter_name, Adapter(with_origin(config, self._backbone), self._backbone, labels))
 
     def load_adapter(
         self,
@@ -84,11 +86,13 @@ class VPTModel(PromptedModel):
         adapter_name: str,
         is_trainable: bool = False,
         torch_dtype: torch.dtype | None = None,
+        **source: Any,
     ) -> None:
         """Adds a saved adapter. Onto an existing one of equal config, it loads the tensors only.
 
         Args:
-            model_id: the adapter's folder.
+            model_id: the adapter's folder or repository on the Hub.
+            source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
             is_trainable: False: the adapter stays frozen, also when it becomes active.
             torch_dtype: precision to keep its tensors in; None: float32.
 
@@ -98,10 +102,12 @@ class VPTModel(PromptedModel):
         """
         self._check_attached()
         if adapter_name in self.adapters:
-            checkpoint.reload(self._adapters[adapter_name], model_id, self._backbone)
+            checkpoint.reload(self._adapters[adapter_name], hub.pull(model_id, **source), self._backbone)
         else:
             check_name(adapter_name)
-            self._put(adapter_name, checkpoint.load(model_id, self._backbone, is_trainable, torch_dtype))
+            adapter = checkpoint.load(hub.pull(model_id, **source), self._backbone, is_trainable, torch_dtype)
+            warn_of_change(adapter.config, self.base_model)
+            self._put(adapter_name, adapter)
 
     def set_adapter(self, adapter_name: str) -> None:
         """Makes an adapter the active one. It alone trains, unless it was loaded with ``is_trainable=False``."""
@@ -185,16 +191,73 @@ class VPTModel(PromptedModel):
     # -- saving and loading -----------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_adapters: Sequence[str] | None = None,
+        image_processor: Any = None,
+        **card_details: Any,
     ) -> None:
-        """Saves adapters: "default" into ``save_directory`` itself, any other into a subfolder of its name."""
+        """Saves adapters: "default" into ``save_directory`` itself, any other into a subfolder of its name.
+
+        Args:
+            image_processor: saved beside the adapters, so that ``AutoImageProcessor`` finds it there.
+            card_details: see :meth:`create_or_update_model_card`.
+        """
         self._check_attached()
         names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
         check_known(self.adapters, names)  # type: ignore[arg-type]
         for name in names:
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            folder = _folder(save_directory, name)
             checkpoint.save(self._adapters[name], folder, __version__)
-            card.write(self._adapters[name], folder)
+            if image_processor is not None:
+                image_processor.save_pretrained(folder)
+            self.create_or_update_model_card(save_directory, name, **card_details)
+
+    def create_or_update_model_card(
+        self, output_dir: str | os.PathLike[str], adapter_name: str = "default", **details: Any
+    ) -> None:
+        """Writes the adapter's model card, or refreshes the generated part and the metadata of the one that is there.
+
+        Args:
+            output_dir: as given to :meth:`save_pretrained`.
+            details: ``model_id``, ``training_data``, ``metrics`` (``{name: value}``) and ``license``, where known.
+        """
+        check_known(self.adapters, [adapter_name])  # type: ignore[arg-type]
+        card.write(self._adapters[adapter_name], _folder(output_dir, adapter_name), **details)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        image_processor: Any = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        **card_details: Any,
+    ) -> CommitInfo:
+        """Saves adapters and uploads them; files that are there already as they are, are not uploaded again.
+
+        Args:
+            repo_id: the repository, such as "me/birds-vpt"; created if it does not exist.
+            private, revision, create_pr, token, commit_message: as everywhere on the Hub.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the client's own errors.
+        """
+        self._check_attached()
+        details = {"model_id": repo_id, **card_details}
+        with TemporaryDirectory() as folder:
+            hub.fetch_cards(repo_id, folder, revision=revision, token=token)
+            self.save_pretrained(folder, selected_adapters, image_processor, **details)
+            for adapter in self._adapters.values():
+                warn_of_local(adapter.config.base_model_name_or_path)
+            return hub.push(
+                Path(folder), repo_id, private=private, revision=revision, create_pr=create_pr, token=token,
+                commit_message=commit_message,
+            )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -204,22 +267,32 @@ class VPTModel(PromptedModel):
         adapter_name: str = "default",
         is_trainable: bool = False,
         torch_dtype: torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> VPTModel:
         """Attaches a saved adapter, with its own head and labels, to a backbone. It comes in eval mode.
 
         Args:
             model: the backbone that the adapter was trained on, freshly loaded.
-            model_id: the adapter's folder, or a folder with an only adapter in a subfolder.
+            model_id: the adapter's folder or repository on the Hub; or one with an only adapter in a subfolder.
             is_trainable: False: the adapter is frozen, for inference.
             torch_dtype: precision to keep its tensors in; None: float32.
+            revision, subfolder, token, cache_dir, local_files_only: as everywhere on the Hub.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or made for another backbone.
             UnsupportedModelError, AdapterError, ConfigError: and the model is as it was.
         """
         check_name(adapter_name)
-        backbone = _free_backbone(model)
-        adapter = checkpoint.load(model_id, backbone, is_trainable, torch_dtype)
+        backbone = free_backbone(model)
+        source = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = hub.pull(model_id, revision=revision, subfolder=subfolder, **source)
+        adapter = checkpoint.load(folder, backbone, is_trainable, torch_dtype)
+        warn_of_change(adapter.config, model)
         vpt = cls.__new__(cls)
         nn.Module.__init__(vpt)
         vpt._set_up(backbone, adapter_name, adapter, training=False)
@@ -243,7 +316,7 @@ def get_vpt_model(model: nn.Module, config: PromptConfig, adapter_name: str = "d
 def get_adapter_state_dict(model: VPTModel, adapter_name: str = "default") -> dict[str, Tensor]:
     """An adapter's tensors, detached but not copied, under the names of the adapter format."""
     check_known(model.adapters, [adapter_name])  # type: ignore[arg-type]
-    return checkpoint.state_dict(model._adapters[adapter_name])
+    return state.state_dict(model._adapters[adapter_name])
 
 
 def set_adapter_state_dict(model: VPTModel, state_dict: dict[str, Tensor], adapter_name: str = "default") -> None:
@@ -253,27 +326,8 @@ def set_adapter_state_dict(model: VPTModel, state_dict: dict[str, Tensor], adapt
         CheckpointError: names every missing, unexpected and mis-shaped tensor; nothing has changed.
     """
     check_known(model.adapters, [adapter_name])  # type: ignore[arg-type]
-    checkpoint.load_state_dict(model._adapters[adapter_name], state_dict)
+    state.load_state_dict(model._adapters[adapter_name], state_dict)
 
 
-def check_name(name: str) -> None:
-    if not isinstance(name, str) or not name or name == BASE or any(sign in name for sign in "./\\"):
-        raise AdapterError(f"An adapter's name must be a word without dots and slashes, not '{BASE}', got {name!r}.")
-
-
-def _free_backbone(model: nn.Module) -> Backbone:
-    if isinstance(model, VPTModel) or (isinstance(model, nn.Module) and has_doors(model)):
-        raise AdapterError(
-            f"Expected a bare backbone, got {type(model).__name__}, which already carries VPT. Call unload() first."
-        )
-    return find_backbone(model)
-
-
-def _with_origin(config: PromptConfig, backbone: Backbone) -> PromptConfig:
-    """The config with the backbone's name and revision, where the user gave none."""
-    if not isinstance(config, PromptConfig):
-        raise AdapterError(f"config must be a PromptConfig, got {type(config).__name__}.")
-    if config.base_model_name_or_path is not None:
-        return config
-    name = getattr(backbone.model.config, "_name_or_path", None) or None
-    return config.replace(base_model_name_or_path=name)
+def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
+    return Path(save_directory) if adapter_name == "default" else Path(save_directory) / adapter_name

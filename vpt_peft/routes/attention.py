@@ -85,7 +85,8 @@ def prompted_attention(
 
     def join(image: Tensor, prompts: Tensor) -> Tensor:
         heads = prompts.to(image.dtype).unflatten(-1, (-1, image.shape[-1])).transpose(1, 2)
-        return torch.cat([image, seating.seat(heads, num_images, num_windows)], dim=2)
+        images = image.unflatten(0, (num_images, num_windows))
+        return torch.cat([images, seating.seat(heads, num_images, num_windows)], dim=3).flatten(0, 1)
 
     key, value = join(key, projected[0]), join(value, projected[1])
     if not as_tokens:

@@ -50,10 +50,10 @@ class Seating:
 
     def seat(self, heads: Tensor, num_images: int, num_windows: int) -> Tensor:
         """Queries, keys or values of all prompts, ``(1 or num_images, num_heads, total, head_dim)``, in every window
-        of their image: ``(num_images · num_windows, num_heads, p, head_dim)``, windows ordered by image."""
+        of their image, as a view: ``(num_images, num_windows, num_heads, p, head_dim)``."""
         if self.places is not None:
             heads = heads[0][:, self.places].transpose(0, 1)
-        return heads.unsqueeze(1).expand(num_images, num_windows, -1, -1, -1).flatten(0, 1)
+        return heads.unsqueeze(1).expand(num_images, num_windows, -1, -1, -1)
 
 
 def find_guests(visit: Visit) -> list[Guest]:

@@ -1,0 +1,50 @@
+"""Share an adapter: push it to the Hugging Face Hub, and load it back on another machine by its name alone.
+
+    python examples/share_adapter.py me/digits-vpt --backbone google/vit-base-patch16-224-in21k
+
+You need an account and its token (``hf auth login``). ``HF_ENDPOINT`` chooses another Hub than huggingface.co.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import AutoModelForImageClassification
+
+from vpt_peft import AutoVPTModel, PromptConfig, get_vpt_model
+
+LABELS = ["cat", "dog", "owl"]
+
+
+def share(repo_id: str, backbone: str, private: bool) -> None:
+    """Pushes an adapter, loads it back and compares the answers of both."""
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
+    model = AutoModelForImageClassification.from_pretrained(backbone, ignore_mismatched_sizes=True, **names)
+    vpt = get_vpt_model(model, PromptConfig(num_tokens=10))
+    vpt.print_trainable_parameters()
+    # ... here you would train it ...
+
+    commit = vpt.push_to_hub(repo_id, private=private, commit_message="Upload an untrained adapter", license="mit")
+    print(f"pushed to {commit.commit_url}")
+
+    loaded = AutoVPTModel.from_pretrained(repo_id)  # finds the backbone by itself
+    print(f"loaded {repo_id} onto {loaded.active_config.base_model_name_or_path}, labels {loaded.config.id2label}")
+
+    image = torch.rand(1, 3, model.config.image_size, model.config.image_size)
+    with torch.no_grad():
+        pushed, pulled = vpt.eval()(image).logits, loaded(image).logits
+    print(f"same answers: {torch.equal(pushed, pulled)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repo_id", help="where to push to, such as me/digits-vpt; created if it does not exist")
+    parser.add_argument("--backbone", default="google/vit-base-patch16-224-in21k", help="name of a ViT or Swin")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    arguments = parser.parse_args()
+    share(arguments.repo_id, arguments.backbone, arguments.private)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""AutoVPTModel: finds the backbone of an adapter by itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import transformers
+
+from . import checkpoint, hub
+from .errors import CheckpointError
+from .model import VPTModel
+
+BACKBONE_CLASSES = {
+    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
+    "SEMANTIC_SEGMENTATION": "AutoModelForSemanticSegmentation",
+    "MASKED_IMAGE_MODELING": "AutoModelForMaskedImageModeling",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+class AutoVPTModel:
+    """Loads an adapter together with the backbone that its config names, for whichever task it was trained."""
+
+    task_type: ClassVar[str | None] = None
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} is not made but loaded: use {type(self).__name__}.from_pretrained().")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **model_kwargs: Any,
+    ) -> VPTModel:
+        """Loads backbone and adapter.
+
+        Args:
+            model_id: the adapter's folder, or its repository on the Hub.
+            revision, subfolder: of the adapter; the backbone's revision is the one that the adapter was trained on.
+            model_kwargs: for the backbone's ``from_pretrained``, such as ``dtype`` or ``device_map``.
+
+        Raises:
+            CheckpointError: no backbone is named, the adapter is for another task, or it is damaged.
+        """
+        source = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = hub.pull(model_id, revision=revision, subfolder=subfolder, **source)
+        with checkpoint.open_folder(folder) as saved:
+            config = saved.config
+        name, task_type = config.base_model_name_or_path, config.task_type
+        if name is None:
+            raise CheckpointError(
+                f"Expected an adapter that names its backbone, got base_model_name_or_path=None in '{model_id}'. "
+                "Load the backbone yourself and use VPTModel.from_pretrained(model, ...)."
+            )
+        if task_type is None or cls.task_type not in (None, task_type):
+            raise CheckpointError(
+                f"{cls.__name__} loads adapters for {cls.task_type or 'a task'}, got task_type={task_type} in "
+                f"'{model_id}'. Use AutoVPTModel."
+            )
+        backbone_class = getattr(transformers, BACKBONE_CLASSES[task_type])
+        model = backbone_class.from_pretrained(name, revision=config.revision or "main", **source, **model_kwargs)
+        return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable)
+
+
+class AutoVPTModelForImageClassification(AutoVPTModel):
+    """:class:`AutoVPTModel` for adapters that classify images."""
+
+    task_type = "IMAGE_CLASSIFICATION"
+
+
+class AutoVPTModelForSemanticSegmentation(AutoVPTModel):
+    """:class:`AutoVPTModel` for adapters that segment images."""
+
+    task_type = "SEMANTIC_SEGMENTATION"
+
+
+class AutoVPTModelForMaskedImageModeling(AutoVPTModel):
+    """:class:`AutoVPTModel` for adapters that reconstruct masked images."""
+
+    task_type = "MASKED_IMAGE_MODELING"
+
+
+class AutoVPTModelForFeatureExtraction(AutoVPTModel):
+    """:class:`AutoVPTModel` for adapters of models without a head."""
+
+    task_type = "FEATURE_EXTRACTION"

@@ -1,0 +1,115 @@
+"""Adapters on the Hugging Face Hub: push and pull, by ``huggingface_hub``'s own functions and with its own errors."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from .checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from .errors import CheckpointError
+
+PREPROCESSOR_NAME = "preprocessor_config.json"
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", PREPROCESSOR_NAME)
+
+
+def pull(
+    model_id: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None, **kwargs: Any
+) -> Path:
+    """The local folder of an adapter: ``model_id`` itself, or the Hub's files of that name in the cache.
+
+    Args:
+        model_id: a folder, or the name of a repository.
+        subfolder: where in it the adapter lies; None: at the top, or wherever its only one does.
+        revision: branch, tag or commit.
+        kwargs: ``token``, ``cache_dir``, ``local_files_only``, as ``huggingface_hub.hf_hub_download`` takes them.
+
+    Raises:
+        CheckpointError: neither a folder nor the name of a repository, or there is no adapter in it.
+        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: the client's own errors.
+    """
+    local = Path(model_id)
+    if local.is_dir():
+        return local / (subfolder or "")
+    try:
+        validate_repo_id(str(model_id))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"Expected an adapter folder or the name of a repository on the Hub, got '{model_id}', "
+            "which does not exist or is no folder, and is no such name."
+        ) from error
+    repo_id, where = str(model_id), {"revision": revision, **kwargs}
+    try:
+        config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        if subfolder is not None:
+            raise
+        subfolder = _only_subfolder(repo_id, revision, kwargs.get("token"))
+        config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
+    # The commit that the config came from: a push in between must not mix two adapters.
+    commit = config.parents[len(PurePosixPath(subfolder or "").parts)].name
+    hf_hub_download(repo_id, WEIGHTS_NAME, subfolder=subfolder, **{**where, "revision": commit})
+    return config.parent
+
+
+def _only_subfolder(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+    files = map(PurePosixPath, HfApi().list_repo_files(repo_id, revision=revision, token=token))
+    found = sorted(str(file.parent) for file in files if file.name == CONFIG_NAME)
+    if len(found) != 1:
+        there = f"several: {', '.join(found)}. Name one as subfolder" if found else "none"
+        raise CheckpointError(f"Expected an adapter ({CONFIG_NAME}) in the repository '{repo_id}', got {there}.")
+    return found[0]
+
+
+def fetch_cards(repo_id: str, folder: str | os.PathLike[str], **where: Any) -> None:
+    """Puts the model cards of a repository, if there is one, into a folder, so that the user's words are kept."""
+    with suppress(RepositoryNotFoundError, RevisionNotFoundError):
+        snapshot_download(repo_id, local_dir=str(folder), allow_patterns=["README.md", "*/README.md"], **where)
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """Uploads the adapters in a folder, and nothing else that lies there. Equal files are not uploaded again.
+
+    Args:
+        repo_id: the repository, created if it does not exist.
+        private: whether it is created so; an existing one stays as it is.
+        revision: branch to push to, created if it does not exist.
+        create_pr: opens a pull request instead of pushing to the branch.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: the client's own errors.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload VPT adapter",
+        revision=revision,
+        create_pr=create_pr,
+        allow_patterns=[*FILES, *(f"*/{name}" for name in FILES)],
+    )

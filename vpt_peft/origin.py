@@ -1,0 +1,52 @@
+"""Where an adapter's backbone comes from: found free, remembered by name and revision, and compared again later."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .backbones import Backbone, find_backbone
+from .config import PromptConfig
+from .errors import AdapterError
+from .routes import has_doors
+
+
+def free_backbone(model: nn.Module) -> Backbone:
+    if isinstance(model, nn.Module) and has_doors(model):
+        raise AdapterError(
+            f"Expected a bare backbone, got {type(model).__name__}, which already carries VPT. Call unload() first."
+        )
+    return find_backbone(model)
+
+
+def with_origin(config: PromptConfig, backbone: Backbone) -> PromptConfig:
+    """The config with the backbone's name and revision, where the user gave none."""
+    if not isinstance(config, PromptConfig):
+        raise AdapterError(f"config must be a PromptConfig, got {type(config).__name__}.")
+    if config.base_model_name_or_path is not None:
+        return config
+    own = backbone.model.config
+    name, revision = getattr(own, "_name_or_path", None), getattr(own, "_commit_hash", None)
+    return config.replace(base_model_name_or_path=name or None, revision=revision)
+
+
+def warn_of_change(config: PromptConfig, model: Any) -> None:
+    revision = getattr(model.config, "_commit_hash", None)
+    if config.revision is not None and revision is not None and config.revision != revision:
+        warnings.warn(
+            f"The adapter was trained on revision {config.revision} of '{config.base_model_name_or_path}', but the "
+            f"backbone is of revision {revision}: results may differ. Load it with revision='{config.revision}'.",
+            stacklevel=3,
+        )
+
+
+def warn_of_local(name: str | None) -> None:
+    if name is None or Path(name).is_dir():
+        warnings.warn(
+            f"The adapter's backbone is a local folder ('{name}'), which nobody else can load. Push the backbone "
+            "too, and give its name as base_model_name_or_path in the PromptConfig.",
+            stacklevel=3,
+        )

@@ -1,0 +1,62 @@
+"""An adapter's state dict: its tensors under names of our own, taken in strictly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .errors import CheckpointError
+
+
+def state_dict(adapter: Adapter) -> dict[str, Tensor]:
+    """Detached tensors of an adapter under the names of the format; they share its memory."""
+    return {name: tensor.detach() for name, tensor in adapter.tensors().items()}
+
+
+@torch.no_grad()
+def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors into an adapter. Strict and complete; if it fails, nothing has changed.
+
+    Raises:
+        CheckpointError: names every missing, unexpected and mis-shaped tensor, and those with values that are not
+            finite.
+    """
+    own = state_dict(adapter)
+    known = {name: tensor for name, tensor in tensors.items() if name in own}
+    refuse(
+        misfits(shapes_of(own), shapes_of(tensors))
+        | {
+            "of another type": [
+                f"{name}: expected {own[name].dtype}, got {tensor.dtype}"
+                for name, tensor in known.items()
+                if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex()
+            ],
+            "not finite (NaN or infinite)": [name for name, tensor in known.items() if not tensor.isfinite().all()],
+        }
+    )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def misfits(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    both = [name for name in own if name in given]
+    return {
+        "missing": [f"{name} {own[name]}" for name in own if name not in given],
+        "unexpected": [f"{name} {given[name]}" for name in given if name not in own],
+        "of another shape": [
+            f"{name}: expected {own[name]}, got {given[name]}" for name in both if own[name] != given[name]
+        ],
+    }
+
+
+def refuse(problems: Mapping[str, list[str]]) -> None:
+    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError("The tensors do not fit the adapter. " + "; ".join(found) + ". Nothing was loaded.")
