@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in ("examples", "benchmarks"):
-    sys.path.insert(0, str(ROOT / folder))
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy
 import digits

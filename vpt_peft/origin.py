@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from .backbones import Backbone, find_backbone
@@ -28,13 +30,29 @@ def with_origin(config: PromptConfig, backbone: Backbone) -> PromptConfig:
         raise AdapterError(f"config must be a PromptConfig, got {type(config).__name__}.")
     if config.base_model_name_or_path is not None:
         return config
-    own = backbone.model.config
-    name, revision = getattr(own, "_name_or_path", None), getattr(own, "_commit_hash", None)
-    return config.replace(base_model_name_or_path=name or None, revision=revision)
+    name = backbone.model.config.name_or_path or None
+    return config.replace(base_model_name_or_path=name, revision=config.revision or find_revision(backbone.model))
+
+
+def find_revision(model: Any) -> str | None:
+    """The commit on the Hub that a model was loaded from, as far as that is known.
+
+    Older versions of transformers keep it in the config. Newer ones do not: there it is the newest commit of the main
+    branch in the cache. For a model of another revision, say so by ``PromptConfig(revision=...)``.
+    """
+    kept = getattr(model.config, "_commit_hash", None)
+    name = model.config.name_or_path
+    if kept is not None or not name or Path(name).exists():
+        return kept
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a folder that is gone
+        return None
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def warn_of_change(config: PromptConfig, model: Any) -> None:
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = find_revision(model)
     if config.revision is not None and revision is not None and config.revision != revision:
         warnings.warn(
             f"The adapter was trained on revision {config.revision} of '{config.base_model_name_or_path}', but the "
