@@ -79,6 +79,7 @@ def test_deleting_the_active_adapter_activates_another_and_warns(tiny: Tiny, two
         ("set_adapter", ("boats",), "has the adapters birds, cars, got boats"),
         ("delete_adapter", ("boats",), "has the adapters birds, cars, got boats"),
         ("add_adapter", ("birds", BIRDS), "'birds' exists already"),
+        ("add_adapter", ("a/b", BIRDS), "must be a word without dots"),
         ("add_adapter", ("a.b", BIRDS), "must be a word without dots"),
         ("add_adapter", ("../up", BIRDS), "must be a word without dots"),
         ("add_adapter", ("__base__", BIRDS), "not '__base__'"),
@@ -104,6 +105,12 @@ def test_disabling_gives_the_bare_backbone_nests_and_survives_exceptions(tiny: T
         assert not two.get_model_status()["enabled"]
         raise RuntimeError("inside")
     assert torch.equal(logits(two, tiny.pixel_values), ours)
+
+
+def test_unknown_label_arguments_are_named(two: VPTModel) -> None:
+    with pytest.raises(ValueError, match="num_labels, id2label, label2id, problem_type, got labels"):
+        two.add_adapter("boats", CARS, labels=3)
+    assert list(two.adapters) == ["birds", "cars"]
 
 
 @pytest.mark.parametrize("name", ["half", "keys", "train", "forward", "two words", "\u732b"])

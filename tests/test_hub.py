@@ -93,6 +93,7 @@ def test_branches_tags_commits_and_pull_requests(online: HubServer, vpt: VPTMode
 
 
 def test_an_adapter_in_a_subfolder(online: HubServer, vit: Tiny) -> None:
+    vit.model.config.name_or_path = "google/vit"
     vpt = get_vpt_model(vit.model, PromptConfig(num_tokens=2), adapter_name="birds")
     answer = logits(vpt, vit.pixel_values)
     vpt.push_to_hub(NAME)
@@ -139,7 +140,7 @@ def test_private_and_gated_repositories(hub: HubServer, vpt: VPTModel, tmp_path:
             with pytest.raises(GatedRepoError, match="me/gated"):
                 VPTModel.from_pretrained(tiny_vit().model, "me/gated")
             with pytest.raises(HfHubHTTPError):
-                tiny_vit().prompted().push_to_hub("me/private")
+                vpt.push_to_hub("me/private")
             VPTModel.from_pretrained(tiny_vit().model, "me/private", token="hf_me")
 
 
@@ -209,7 +210,7 @@ def test_an_adapter_on_the_hub_finds_its_backbone_there(online: HubServer, vit: 
 
 def test_pushing_an_adapter_of_a_local_backbone_warns(online: HubServer, vit: Tiny, tmp_path: Path) -> None:
     vit.model.config.name_or_path = str(tmp_path)
-    with pytest.warns(UserWarning, match="is a local folder .* which nobody else can load"):
+    with pytest.warns(UserWarning, match="is a local folder .*: nobody else can load it"):
         vit.prompted().push_to_hub(NAME)
 
 

@@ -17,6 +17,7 @@ from .passes import Group
 from .plan import plan_steps
 from .prompts import Prompts
 
+LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
@@ -59,7 +60,7 @@ class Adapter(nn.Module):
         self.prompts = Prompts(config, fresh, backbone.patch_size, device)
 
         self.model_config = copy.deepcopy(backbone.model.config)
-        for name, value in (labels or {}).items():
+        for name, value in _checked_labels(labels or {}).items():
             setattr(self.model_config, name, value)
         self._heads = nn.ModuleDict()
         for path in backbone.head.paths:
@@ -147,6 +148,13 @@ def _own_head(backbone: Backbone, path: str, num_labels: int, device: torch.devi
         f"The head at '{path}' must be a linear layer to be replaced by one with {num_labels} labels, "
         f"got {type(head).__name__}. Load the backbone with num_labels={num_labels}."
     )
+
+
+def _checked_labels(labels: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = sorted(set(labels) - set(LABELS))
+    if unknown:
+        raise ConfigError(f"An adapter's labels are given by {', '.join(LABELS)}, got {', '.join(unknown)}.")
+    return labels
 
 
 def _task_type(config: PromptConfig, backbone: Backbone) -> str:

@@ -113,11 +113,13 @@ class VPTModel(PromptedModel):
         """Makes an adapter the active one. It alone trains, unless it was loaded with ``is_trainable=False``."""
         self._check_attached()
         check_known(self.adapters, [adapter_name])  # type: ignore[arg-type]
-        for name, adapter in self._adapters.items():
-            adapter.requires_grad_(name == adapter_name and not adapter.config.inference_mode)
+        for before in self._answering:
+            before.requires_grad_(False)
+        adapter: Any = self.adapters[adapter_name]
+        adapter.requires_grad_(not adapter.config.inference_mode)
         self._active_adapter = adapter_name
         # Behind a list, so that a compiled graph sees another adapter of the same shape, not another name.
-        self._answering = [self._adapters[adapter_name]]
+        self._answering = [adapter]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter. If it was the active one, the first of the others becomes active, with a warning."""

@@ -62,9 +62,11 @@ def warn_of_change(config: PromptConfig, model: Any) -> None:
 
 
 def warn_of_local(name: str | None) -> None:
+    """Warns that a pushed adapter's backbone is one that nobody else can load."""
     if name is None or Path(name).is_dir():
+        backbone = "has no name" if name is None else f"is a local folder ('{name}')"
         warnings.warn(
-            f"The adapter's backbone is a local folder ('{name}'), which nobody else can load. Push the backbone "
-            "too, and give its name as base_model_name_or_path in the PromptConfig.",
+            f"The adapter's backbone {backbone}: nobody else can load it. Push the backbone too, and give its name as "
+            "base_model_name_or_path in the PromptConfig.",
             stacklevel=3,
         )
