@@ -51,7 +51,7 @@ class AutoVPTModel:
         Raises:
             CheckpointError: no backbone is named, the adapter is for another task, or it is damaged.
         """
-        source = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = hub.pull(model_id, revision=revision, subfolder=subfolder, **source)
         with checkpoint.open_folder(folder) as saved:
             config = saved.config

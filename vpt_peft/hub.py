@@ -25,7 +25,13 @@ FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", PREPROCESSOR_NAME)
 
 
 def pull(
-    model_id: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None, **kwargs: Any
+    model_id: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """The local folder of an adapter: ``model_id`` itself, or the Hub's files of that name in the cache.
 
@@ -33,7 +39,7 @@ def pull(
         model_id: a folder, or the name of a repository.
         subfolder: where in it the adapter lies; None: at the top, or wherever its only one does.
         revision: branch, tag or commit.
-        kwargs: ``token``, ``cache_dir``, ``local_files_only``, as ``huggingface_hub.hf_hub_download`` takes them.
+        token, cache_dir, local_files_only: as ``huggingface_hub.hf_hub_download`` takes them.
 
     Raises:
         CheckpointError: neither a folder nor the name of a repository, or there is no adapter in it.
@@ -49,7 +55,9 @@ def pull(
             f"Expected an adapter folder or the name of a repository on the Hub, got '{model_id}', "
             "which does not exist or is no folder, and is no such name."
         ) from error
-    repo_id, where = str(model_id), {"revision": revision, **kwargs}
+    repo_id = str(model_id)
+    where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    where["cache_dir"] = None if cache_dir is None else str(cache_dir)
     try:
         config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
     except LocalEntryNotFoundError:
@@ -57,7 +65,7 @@ def pull(
     except EntryNotFoundError:
         if subfolder is not None:
             raise
-        subfolder = _only_subfolder(repo_id, revision, kwargs.get("token"))
+        subfolder = _only_subfolder(repo_id, revision, token)
         config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
     # The commit that the config came from: a push in between must not mix two adapters.
     commit = config.parents[len(PurePosixPath(subfolder or "").parts)].name

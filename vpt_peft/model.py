@@ -269,12 +269,7 @@ class VPTModel(PromptedModel):
         adapter_name: str = "default",
         is_trainable: bool = False,
         torch_dtype: torch.dtype | None = None,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        **source: Any,
     ) -> VPTModel:
         """Attaches a saved adapter, with its own head and labels, to a backbone. It comes in eval mode.
 
@@ -283,7 +278,7 @@ class VPTModel(PromptedModel):
             model_id: the adapter's folder or repository on the Hub; or one with an only adapter in a subfolder.
             is_trainable: False: the adapter is frozen, for inference.
             torch_dtype: precision to keep its tensors in; None: float32.
-            revision, subfolder, token, cache_dir, local_files_only: as everywhere on the Hub.
+            source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or made for another backbone.
@@ -291,9 +286,7 @@ class VPTModel(PromptedModel):
         """
         check_name(adapter_name)
         backbone = free_backbone(model)
-        source = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = hub.pull(model_id, revision=revision, subfolder=subfolder, **source)
-        adapter = checkpoint.load(folder, backbone, is_trainable, torch_dtype)
+        adapter = checkpoint.load(hub.pull(model_id, **source), backbone, is_trainable, torch_dtype)
         warn_of_change(adapter.config, model)
         vpt = cls.__new__(cls)
         nn.Module.__init__(vpt)
