@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from .config import PromptConfig
 from .errors import CheckpointError, ConfigError
 from .state import load_state_dict, misfits, refuse, shapes_of, state_dict
 from .weights import Weights, digest, open_weights, pack, parse_json
+
+if sys.platform != "win32":
+    import fcntl
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -85,10 +89,17 @@ def save(adapter: Adapter, folder: str | os.PathLike[str], version: str) -> None
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time saves to a folder. The lock lies elsewhere, so that the folder holds only the adapter."""
-    name = digest(str(folder.resolve()).encode())[:32]
-    with WeakFileLock(Path(tempfile.gettempdir()) / f"vpt-peft-{name}.lock"):
-        yield
+    """One process at a time saves to a folder. Where the folder itself can be locked, no file is needed for it."""
+    if sys.platform == "win32":
+        with WeakFileLock(folder.parent / f".{folder.name}.lock"):
+            yield
+    else:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)  # which also unlocks, as the end of a process does
 
 
 def _replace(path: Path, content: bytes) -> None:
