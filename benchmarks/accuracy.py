@@ -86,7 +86,7 @@ def methods(args: argparse.Namespace) -> dict[str, Method]:
     for name in args.methods:
         method = METHODS[name]
         if args.learning_rate is not None:
-            method = dataclasses.replace(method, learning_rate=args.learning_rate)
+            method = dataclasses.replace(method, learning_rate=args.learning_rate, head_learning_rate=None)
         if args.num_tokens is not None and method.config is not None and method.config.num_tokens:
             method = dataclasses.replace(method, config=method.config.replace(num_tokens=args.num_tokens))
         chosen[name] = method
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     key = {
                         "model": task.model, "data": task.data, "method": name, "seed": seed,
                         **dataclasses.asdict(settings), "learning_rate": method.learning_rate,
+                        "head_learning_rate": method.head_learning_rate,
                         "num_tokens": method.config.num_tokens if method.config else 0,
                         "train_images": len(images[0]), "test_images": len(images[1]), "validation": args.validation,
                     }  # fmt: skip

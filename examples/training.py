@@ -16,24 +16,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForImageClassification
 
-from vpt_peft import PromptConfig, get_vpt_model
+from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to tune a backbone: the adapter that it trains (None: the whole model) and the learning rate it likes."""
+    """A way to tune a backbone: the adapter that it trains (None: the whole model) and the learning rates it likes.
+
+    A head learns best with a larger one than prompts; ``head_learning_rate`` None: one for all.
+    """
 
     title: str
     config: PromptConfig | None
     learning_rate: float
+    head_learning_rate: float | None = None
 
 
 METHODS = {
     "linear": Method("Linear head", PromptConfig(num_tokens=0), 1e-1),
-    "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 3e-2),
-    "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 1e-2),
+    "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 1e-2, 3e-2),
+    "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 3e-3, 3e-2),
     "full": Method("Full fine-tuning", None, 1e-4),
 }
 
@@ -81,11 +85,33 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def train(model: nn.Module, images: ImageSet, settings: Settings, learning_rate: float, seed: int, title: str) -> float:
+def groups(model: nn.Module, learning_rate: float, head_learning_rate: float | None) -> list[dict[str, Any]]:
+    """What requires gradients, for an optimizer: an adapter's head apart from the rest."""
+    head: set[nn.Parameter] = set()
+    if isinstance(model, VPTModel):
+        adapter = model.adapters[model.active_adapter]
+        head = {tensor for name, tensor in adapter.tensors().items() if name.startswith("head.")}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in head]
+    found = [
+        {"params": rest, "lr": learning_rate},
+        {"params": list(head), "lr": head_learning_rate or learning_rate},
+    ]
+    return [group for group in found if group["params"]]
+
+
+def train(
+    model: nn.Module,
+    images: ImageSet,
+    settings: Settings,
+    learning_rate: float,
+    seed: int,
+    title: str,
+    head_learning_rate: float | None = None,
+) -> float:
     """Trains what requires gradients, with a progress bar. Returns the seconds that it took."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
+    parameters = groups(model, learning_rate, head_learning_rate)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(images) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     model.train()
@@ -147,7 +173,7 @@ def tune(
     backbone_size = model.base_model.num_parameters()
     torch.manual_seed(seed)
     tuned = model if method.config is None else get_vpt_model(model, method.config)
-    seconds = train(tuned, train_set, settings, method.learning_rate, seed, method.title)
+    seconds = train(tuned, train_set, settings, method.learning_rate, seed, method.title, method.head_learning_rate)
     logits = predict(tuned, test_set)
     parameters = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     tuned.save_pretrained(folder)
