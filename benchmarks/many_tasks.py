@@ -16,12 +16,14 @@ import argparse
 import copy
 import gc
 import json
+import mmap
 import random
 import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 from speed import BACKBONES, CLOCKS, DTYPES, environment
 from torch import Tensor
+from tqdm import tqdm
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 
@@ -61,29 +64,23 @@ class Meter:
             return torch.cuda.memory_allocated()
         if not STATM.exists():
             return None
-        import resource
-
-        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+        return int(STATM.read_text().split()[1]) * mmap.PAGESIZE
 
 
-class OpenedFiles:
+@contextmanager
+def opened_files() -> Iterator[Counter[str]]:
     """Counts, by name, the files that Python opens while it is entered."""
+    counts, counting = Counter[str](), True
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.counting = False
-        sys.addaudithook(self._note)
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and counting:
+            counts[Path(str(args[0])).name] += 1
 
-    def _note(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.counting and event == "open" and args[0] != str(STATM):
-            self.counts[Path(args[0]).name if isinstance(args[0], str) else str(args[0])] += 1
-
-    def __enter__(self) -> OpenedFiles:
-        self.counting = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.counting = False
+    sys.addaudithook(note)
+    try:
+        yield counts
+    finally:
+        counting = False  # a hook cannot be taken away
 
 
 def build(args: argparse.Namespace) -> VPTModel:
@@ -129,7 +126,7 @@ def measure_batches(vpt: VPTModel, meter: Meter, args: argparse.Namespace) -> li
     calls = {(way, count): partial(way, vpt, pixel_values, names[count]) for count in names for way in (mixed, apart)}
     seconds: dict[Any, list[float]] = {key: [] for key in calls}
     turns, order = list(calls), random.Random(0)
-    for turn in range(args.warmup + args.runs):
+    for turn in tqdm(range(args.warmup + args.runs), desc="Batches", unit="round"):
         order.shuffle(turns)
         for key in turns:
             took = meter.seconds(calls[key])
@@ -159,26 +156,23 @@ def measure_switching(vpt: VPTModel, meter: Meter, args: argparse.Namespace) -> 
 def measure_loading(vpt: VPTModel, meter: Meter, args: argparse.Namespace) -> dict[str, Any]:
     """Loads one adapter's folder under many names, and then one with more prompts a few times."""
     vpt.add_adapter("long", PromptConfig(num_tokens=LOADED_TOKENS))
-    opened = OpenedFiles()
     with tempfile.TemporaryDirectory() as folder:
         vpt.save_pretrained(folder, ["task-0", "long"])
         vpt.load_adapter(Path(folder, "task-0"), "warm")
         before = meter.used_bytes()
-        with opened:
-            for number in range(args.adapters):
+        with opened_files() as opened:
+            for number in tqdm(range(args.adapters), desc="Loading", unit="adapter"):
                 vpt.load_adapter(Path(folder, "task-0"), f"loaded-{number}")
         after = meter.used_bytes()
-        numbers = range(4 * args.runs + 1)
-        seconds = [
-            meter.seconds(partial(vpt.load_adapter, Path(folder, "long"), f"long-{number}")) for number in numbers
-        ]
+        loads = [partial(vpt.load_adapter, Path(folder, "long"), f"long-{number}") for number in range(21)]
+        seconds = [meter.seconds(load) for load in loads]
     return {
         "latency": {"num_tokens": LOADED_TOKENS, "milliseconds": _milliseconds(seconds), "seconds": seconds},
         "adapters": args.adapters,
         "num_tokens": args.tokens[0],
         "own_bytes": sum(tensor.nbytes for tensor in vpt.adapters["warm"].parameters()),
         "bytes_per_adapter": None if before is None or after is None else (after - before) / args.adapters,
-        "files_opened": dict(opened.counts),
+        "files_opened": dict(opened),
     }
 
 
@@ -193,7 +187,7 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
 def make_tables(report: dict[str, Any]) -> str:
     """The report in Markdown: batches first, then what a single adapter costs."""
     batches = [
-        ("Tasks in the batch", "One mixed pass", "Images per second", "÷ one task's", "One pass per task", "Gain"),
+        ("Tasks in the batch", "One mixed pass", "Images per second", "To one task", "One pass per task", "Gain"),
         *(
             (
                 str(row["tasks"]), f"{row['milliseconds']['mixed']:.1f} ms", f"{row['images_per_second']:.1f}",
