@@ -34,6 +34,7 @@ LAYERS = [
     "vpt_peft.card",
     "vpt_peft.checkpoint",
     "vpt_peft.weights",
+    "vpt_peft.files",
     "vpt_peft.state",
     "vpt_peft.prompted",
     "vpt_peft.batch",

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .adapter import Adapter
 from .config import PromptConfig
+from .files import locked, replace
 
 NAME = "README.md"
 BEGIN, END = "<!-- vpt-peft: generated, begin -->", "<!-- vpt-peft: generated, end -->"
@@ -41,15 +42,20 @@ def write(
         metrics: ``{name: value}`` measured on it.
         license: of the adapter.
     """
-    path = folder / NAME
-    there = path.read_text(encoding="utf-8") if path.exists() else ""
-    data, text = _split(there)
-    data |= _metadata(adapter, training_data, license, data.get("tags") or [])
     generated = f"{BEGIN}\n{_render(adapter, model_id or str(folder), training_data, metrics).strip()}\n{END}"
-    if BEGIN in text and END in text:
-        text = text.split(BEGIN, 1)[0] + generated + text.split(END, 1)[1]
-    metadata = ModelCardData(**data).to_yaml()
-    path.write_text(f"---\n{metadata}\n---\n\n{text or generated}\n", encoding="utf-8")
+    with locked(folder):
+        data, text = _split(_read(folder / NAME))
+        data |= _metadata(adapter, training_data, license, data.get("tags") or [])
+        if BEGIN in text and END in text:
+            text = text.split(BEGIN, 1)[0] + generated + text.split(END, 1)[1]
+        metadata = ModelCardData(**data).to_yaml()
+        replace(folder / NAME, f"---\n{metadata}\n---\n\n{text or generated}\n".encode())
+
+
+def _read(path: Path) -> str:
+    """The card that is there; a link out of the folder is none."""
+    is_card = path.is_file() and path.resolve().is_relative_to(path.parent.resolve())
+    return path.read_text(encoding="utf-8") if is_card else ""
 
 
 def _split(content: str) -> tuple[dict[str, Any], str]:

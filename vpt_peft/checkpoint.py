@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from .adapter import Adapter
 from .backbones import Backbone
 from .config import PromptConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, shown
+from .files import locked, replace
 from .state import load_state_dict, misfits, refuse, shapes_of, state_dict
 from .weights import Weights, digest, open_weights, pack, parse_json
-
-if sys.platform != "win32":
-    import fcntl
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 8 * 2**20
+ATTEMPTS = 20
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 # What an adapter computes. Other fields may be edited by hand; these only together with the weights.
 SEALED = (
@@ -76,40 +71,13 @@ def save(adapter: Adapter, folder: str | os.PathLike[str], version: str) -> None
     }
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     tensors = {name: tensor.contiguous() for name, tensor in state_dict(adapter).items()}
-    with _locked(path):
-        for left in path.glob(".saving-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+    with locked(path):
         config = path / CONFIG_NAME
         before = config.read_bytes() if config.is_file() else b""
         replaces = digest(before) if before not in (b"", text.encode()) else ""
         # The weights hold the config too, so that replacing them replaces both: see open_folder.
-        _replace(path / WEIGHTS_NAME, pack(tensors, text, replaces))
-        _replace(config, text.encode())
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time saves to a folder. Where the folder itself can be locked, no file is needed for it."""
-    if sys.platform == "win32":
-        with WeakFileLock(folder.parent / f".{folder.name}.lock"):
-            yield
-    else:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)  # which also unlocks, as the end of a process does
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-        file = Path(folder) / path.name
-        with file.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(file, path)
+        replace(path / WEIGHTS_NAME, pack(tensors, text, replaces))
+        replace(config, text.encode())
 
 
 # -- loading --------------------------------------------------------------------------------------------------------
@@ -137,7 +105,7 @@ def load(
             config = saved.config.replace(inference_mode=not trainable)
             adapter = Adapter(config, backbone, saved.labels, torch.device("meta"))
         except (RuntimeError, OverflowError, TypeError) as error:
-            raise CheckpointError(f"{CONFIG_NAME} describes no adapter that can exist: {error}.") from error
+            raise CheckpointError(f"{CONFIG_NAME} describes no adapter that can exist: {_first(error)}.") from error
         refuse(misfits(shapes_of(adapter.tensors()), saved.weights.shapes))
         adapter.materialize(backbone.device, dtype)
         load_state_dict(adapter, saved.weights.tensors())
@@ -158,6 +126,7 @@ def reload(adapter: Adapter, folder: str | os.PathLike[str], backbone: Backbone)
                 f"Expected an adapter of the same config as the one of that name, got another in '{folder}'. "
                 "Delete the one that exists first, or load under another name."
             )
+        refuse(misfits(shapes_of(adapter.tensors()), saved.weights.shapes))
         load_state_dict(adapter, saved.weights.tensors())
 
 
@@ -169,20 +138,32 @@ def open_folder(folder: str | os.PathLike[str]) -> Iterator[Saved]:
         CheckpointError: a file is missing or damaged, or a value is not what the format says.
     """
     path = _find(Path(folder))
-    content = _read_config(path / CONFIG_NAME)
-    with open_weights(path / WEIGHTS_NAME) as weights:
+    with ExitStack() as stack:
+        for attempt in range(ATTEMPTS):
+            before = _stamps(path)
+            content = _read_config(path / CONFIG_NAME)
+            weights = stack.enter_context(open_weights(path / WEIGHTS_NAME))
+            if _stamps(path) == before or attempt == ATTEMPTS - 1:
+                break
+            stack.close()  # another process has saved in between: the two files may be of two adapters
+        if weights.config is not None and weights.replaces == digest(content):  # a save ended between its two files
+            content = weights.config.encode()
         parsed = _parse(_parse_config(content, path))
         if weights.config is not None:
             sealed = _parse(_parse_config(weights.config.encode(), path))
-            if weights.replaces == digest(content):  # a save ended between its two files
-                parsed = sealed
             _check_belongs(_function(*parsed), _function(*sealed))
         yield Saved(*parsed, weights)
+
+
+def _stamps(path: Path) -> list[tuple[int, int]]:
+    stats = [(path / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
 
 def _find(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"Expected an adapter folder, got '{path}', which does not exist or is no folder.")
+    root = path
     inner = [entry.parent for entry in sorted(path.glob(f"*/{CONFIG_NAME}"))]
     if not (path / CONFIG_NAME).exists() and len(inner) > 1:
         names = ", ".join(folder.name for folder in inner)
@@ -196,16 +177,16 @@ def _find(path: Path) -> Path:
                 f"An adapter folder holds {CONFIG_NAME} and {WEIGHTS_NAME}, but '{path}' lacks {name}; it holds "
                 f"{there}. Pickled weights (.bin, .pt, .pth) are never opened: save them as safetensors."
             )
-        _check_inside(path, name)
+        _check_inside(root, path / name)
     return path
 
 
-def _check_inside(folder: Path, name: str) -> None:
+def _check_inside(folder: Path, file: Path) -> None:
     """A file must lie in its folder; in the Hub's cache, where files are links, in the repository's."""
-    snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
-    root = (snapshots.parent if snapshots is not None else folder).resolve()
-    if not (folder / name).resolve().is_relative_to(root):
-        raise CheckpointError(f"'{folder / name}' must be a file of its folder, got a link out of it. Copy it there.")
+    caches = (parent.parent for parent in folder.absolute().parents if parent.name == "snapshots")
+    root = next((cache for cache in caches if (cache / "blobs").is_dir()), folder).resolve()
+    if not file.resolve().is_relative_to(root):
+        raise CheckpointError(f"'{file}' must be a file of its folder, got a link out of it. Copy it there.")
 
 
 def _function(config: PromptConfig, labels: dict[str, Any], model_type: str, widths: list[int]) -> dict[str, Any]:
@@ -215,7 +196,9 @@ def _function(config: PromptConfig, labels: dict[str, Any], model_type: str, wid
 
 def _check_belongs(values: dict[str, Any], sealed: dict[str, Any]) -> None:
     changed = [
-        f"{name}: expected {sealed[name]!r}, got {values[name]!r}" for name in SEALED if values[name] != sealed[name]
+        f"{name}: expected {shown(sealed[name])}, got {shown(values[name])}"
+        for name in SEALED
+        if values[name] != sealed[name]
     ]
     if changed:
         raise CheckpointError(
@@ -268,27 +251,37 @@ def _parse(values: dict[str, Any]) -> tuple[PromptConfig, dict[str, Any], str, l
     except ConfigError as error:
         raise CheckpointError(f"{CONFIG_NAME} is not valid: {error}") from error
     if not isinstance(model_type, str):
-        raise CheckpointError(f"model_type in {CONFIG_NAME} must be a string, got {model_type!r}.")
+        raise CheckpointError(f"model_type in {CONFIG_NAME} must be a string, got {shown(model_type)}.")
     if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
-        raise CheckpointError(f"widths in {CONFIG_NAME} must be a list of positive integers, got {widths!r}.")
+        raise CheckpointError(f"widths in {CONFIG_NAME} must be a list of positive integers, got {shown(widths)}.")
     return config, _parse_labels(labels), model_type, widths
 
 
 def _parse_labels(labels: dict[str, Any]) -> dict[str, Any]:
     id2label, label2id, problem_type = labels["id2label"], labels["label2id"], labels["problem_type"]
     try:
-        names = {int(number): name for number, name in id2label.items()}
-        numbers = dict(label2id)
+        names = {int(number): name for number, name in id2label.items() if str(int(number)) == number}
+        numbers = dict(label2id.items())
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"id2label and label2id in {CONFIG_NAME} must map numbers and names: {error}.") from error
-    if sorted(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"id2label in {CONFIG_NAME} must map 0 to n-1 to names, got {id2label!r}.")
+        raise CheckpointError(
+            f"id2label and label2id in {CONFIG_NAME} must map numbers and names: {shown(str(error))}."
+        ) from error
+    if sorted(names) != list(range(len(id2label))) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"id2label in {CONFIG_NAME} must map 0 to n-1 to names, got {shown(id2label)}.")
     if not all(type(number) is int and number in names for number in numbers.values()):
-        raise CheckpointError(f"label2id in {CONFIG_NAME} must map names to 0 to {len(names) - 1}, got {label2id!r}.")
+        raise CheckpointError(
+            f"label2id in {CONFIG_NAME} must map names to 0 to {len(names) - 1}, got {shown(label2id)}."
+        )
     if problem_type not in PROBLEM_TYPES:
-        raise CheckpointError(f"problem_type in {CONFIG_NAME} must be one of {PROBLEM_TYPES}, got {problem_type!r}.")
+        raise CheckpointError(
+            f"problem_type in {CONFIG_NAME} must be one of {PROBLEM_TYPES}, got {shown(problem_type)}."
+        )
     return {"id2label": names, "label2id": numbers, "problem_type": problem_type}
 
 
+def _first(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def _brief(widths: list[int]) -> str:
-    return str(sorted(set(widths)))
+    return shown(sorted(set(widths)))

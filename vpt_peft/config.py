@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 TASK_TYPES = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "FEATURE_EXTRACTION")
 
@@ -116,7 +115,7 @@ class PromptConfig:
         unknown = sorted(str(name) for name in set(values) - set(known))
         if unknown:
             raise ConfigError(
-                f"PromptConfig has no field {', '.join(unknown)}. Known fields: {', '.join(known)}. "
+                f"PromptConfig has no field {', '.join(unknown)[:500]}. Known fields: {', '.join(known)}. "
                 "The adapter may come from a newer vpt-peft: update, or remove the field."
             )
         return cls(**values)
@@ -124,7 +123,7 @@ class PromptConfig:
 
 def _check(condition: bool, name: str, expected: str, value: Any) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}.")
+        raise ConfigError(f"{name} must be {expected}, got {shown(value)}.")
 
 
 def _check_integer(name: str, value: Any, minimum: int) -> None:
@@ -138,7 +137,7 @@ def _one_of(choices: tuple[str | None, ...]) -> str:
 
 
 def _probability(value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     _check(is_number and 0 <= value < 1, "dropout", "a number from 0 to below 1", value)
     return float(value)
 
@@ -163,4 +162,5 @@ def _module_names(value: Any) -> tuple[str, ...] | None:
         return None
     is_names = isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value)
     _check(is_names, "modules_to_save", "None or a list of module names", value)
+    _check(len(set(value)) == len(value), "modules_to_save", "a list of different module names", value)
     return tuple(value) or None

@@ -1,5 +1,18 @@
 """Errors of the package. Each says what was expected, what came, and what to do."""
 
+from __future__ import annotations
+
+from reprlib import Repr
+
+_REPR = Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 3, 40, 40, 40
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def shown(value: object) -> str:
+    """A value in an error message: its repr, cut where a stranger's file could make it endless."""
+    return _REPR.repr(value)
+
 
 class VPTError(ValueError):
     """Base class of every error raised by vpt-peft. It is a ``ValueError`` too."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import PromptConfig
-from .errors import ConfigError, RouteError
+from .errors import ConfigError, RouteError, shown
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _fresh_layers(config: PromptConfig, num_layers: int) -> set[int]:
     missing = [layer for layer in config.layers_to_transform if layer >= num_layers]
     if missing:
         raise ConfigError(
-            f"layers_to_transform must name layers from 0 to {num_layers - 1}, got {missing}. "
+            f"layers_to_transform must name layers from 0 to {num_layers - 1}, got {shown(missing)}. "
             f"The backbone has {num_layers} layers."
         )
     return set(config.layers_to_transform)

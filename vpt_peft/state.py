@@ -10,6 +10,8 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import CheckpointError
 
+MAX_LISTED = 1000
+
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
     """Detached tensors of an adapter under the names of the format; they share its memory."""
@@ -57,6 +59,12 @@ def misfits(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, .
 
 
 def refuse(problems: Mapping[str, list[str]]) -> None:
-    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {_listed(sorted(names))}" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError("The tensors do not fit the adapter. " + "; ".join(found) + ". Nothing was loaded.")
+
+
+def _listed(names: list[str]) -> str:
+    """All names of any real adapter, and not endlessly many of a stranger's file."""
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(name if len(name) <= 300 else name[:300] + "..." for name in names[:MAX_LISTED]) + more

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +21,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 
 MAX_HEADER_BYTES = 32 * 2**20
+MAX_DIMENSIONS = 8
+MAX_SIZE = 2**63 - 1
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 CONFIG, REPLACES, SEAL = "vpt_config", "vpt_replaces", "vpt_seal"
 
@@ -101,30 +104,23 @@ def open_weights(path: Path) -> Iterator[Weights]:
     Raises:
         CheckpointError: it is no safetensors file, or its header does not describe its content exactly.
     """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError(f"its header claims {length:,} bytes in a file of {size:,}")
-            header = parse_json(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            _check_header(header, metadata, size - 8 - length)
-            yield Weights(path, file, header, metadata)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"'{path}' must be a safetensors file, but is damaged, cut off, or something else: {error}. "
-            "Pickled weights are never opened."
-        ) from error
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
+            weights = _read_header(path, file)
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"'{path}' must be a safetensors file, but is damaged, cut off, or something else: {error}. "
+                "Pickled weights are never opened."
+            ) from error
+        yield weights
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object, strictly: no key twice, no NaN.
 
     Raises:
-        ValueError: it is none.
+        ValueError, RecursionError: it is none.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,7 +135,19 @@ def parse_json(content: bytes) -> dict[str, Any]:
     values = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
     if not isinstance(values, dict):
         raise ValueError(f"it must hold a JSON object, got {type(values).__name__}")
+    json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
     return values
+
+
+def _read_header(path: Path, file: BinaryIO) -> Weights:
+    size = os.fstat(file.fileno()).st_size  # of this file, not of one that took its place
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise ValueError(f"its header claims {length:,} bytes in a file of {size:,}")
+    header = parse_json(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    _check_header(header, metadata, size - 8 - length)
+    return Weights(path, file, header, metadata)
 
 
 def _check_header(entries: Mapping[str, Any], metadata: Any, size: int) -> None:
@@ -147,16 +155,17 @@ def _check_header(entries: Mapping[str, Any], metadata: Any, size: int) -> None:
         raise ValueError("its metadata must map names to strings")
     sealed = [name for name in metadata if name.startswith("vpt_")]
     if sealed and set(sealed) != {CONFIG, REPLACES, SEAL}:
-        raise ValueError(f"its seal is incomplete: {sorted(sealed)}")
+        raise ValueError(f"its seal is incomplete: {shown(sorted(sealed))}")
     spans = []
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"the entry of {name} must have a dtype, a shape and data_offsets")
+            raise ValueError(f"the entry of {shown(name)} must have a dtype, a shape and data_offsets")
         dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in ITEM_BYTES or not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
-            raise ValueError(f"the entry of {name} is not valid: {entry}"[:500])
+        is_known = isinstance(dtype, str) and dtype in ITEM_BYTES
+        if not is_known or not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
+            raise ValueError(f"the entry of {shown(name)} is not valid: {shown(entry)}")
         if span[1] - span[0] != math.prod(shape) * ITEM_BYTES[dtype]:
-            raise ValueError(f"{name} of shape {tuple(shape)} does not fill its {span[1] - span[0]:,} bytes")
+            raise ValueError(f"{shown(name)} of shape {tuple(shape)} does not fill its {span[1] - span[0]:,} bytes")
         spans.append(span)
     end = 0
     for start, stop in sorted(spans):
@@ -168,4 +177,7 @@ def _check_header(entries: Mapping[str, Any], metadata: Any, size: int) -> None:
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    """Whether they are a shape or offsets; of few and not too large numbers, whose product is quickly known."""
+    if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value <= MAX_SIZE for value in values)
