@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+from transformers.image_processing_base import ImageProcessingMixin
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -46,10 +47,12 @@ class Preprocessing:
             ) from error
         size = size if isinstance(size, int) else size[0]
         try:
-            processor: Any = AutoImageProcessor.from_pretrained(model_name)
+            # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(model_name)
         except (OSError, ValueError):
             return cls(size)
-        return cls(size, tuple(processor.image_mean), tuple(processor.image_std))
+        half = (0.5, 0.5, 0.5)
+        return cls(size, tuple(settings.get("image_mean", half)), tuple(settings.get("image_std", half)))
 
     def load(self, image: Image.Image) -> Tensor:
         """``(3, size, size)`` bytes: the largest square in the middle of the image, resized."""

@@ -140,7 +140,10 @@ def test_an_image_processor_is_saved_beside_and_pipelines_take_the_model(
     size = tiny.pixel_values.shape[-1]
     processor = ViTImageProcessor(size={"height": size, "width": size})
     trained.save_pretrained(tmp_path / "adapter", image_processor=processor)
-    found = AutoImageProcessor.from_pretrained(tmp_path / "adapter")
+    try:
+        found = AutoImageProcessor.from_pretrained(tmp_path / "adapter")
+    except ImportError:
+        pytest.skip("AutoImageProcessor of this version of transformers needs torchvision")
     assert found.size == {"height": size, "width": size}
     image = Image.new("RGB", (50, 40), (200, 30, 120))
     with caplog.at_level(logging.CRITICAL):
