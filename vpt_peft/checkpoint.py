@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .adapter import Adapter
 from .backbones import Backbone
 from .config import PromptConfig
 from .errors import CheckpointError, ConfigError, shown
 from .files import locked, replace
-from .state import load_state_dict, misfits, refuse, shapes_of, state_dict
+from .state import load_state_dict, misfits, refuse, shapes_of
 from .weights import Weights, digest, open_weights, pack, parse_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINER_WEIGHTS_NAME = "model.safetensors"
 MAX_CONFIG_BYTES = 8 * 2**20
 ATTEMPTS = 20
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -56,8 +60,12 @@ class Saved:
 # -- saving ---------------------------------------------------------------------------------------------------------
 
 
-def save(adapter: Adapter, folder: str | os.PathLike[str], version: str) -> None:
-    """Writes an adapter folder. At any moment it holds the adapter that was there, or the new one."""
+def save(adapter: Adapter, folder: str | os.PathLike[str], version: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes an adapter folder. At any moment it holds the adapter that was there, or the new one.
+
+    Args:
+        tensors: the adapter's, under the names of the format.
+    """
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"save_pretrained needs a folder, got the file '{path}'. Choose another name.")
@@ -70,14 +78,26 @@ def save(adapter: Adapter, folder: str | os.PathLike[str], version: str) -> None
         "vpt_peft_version": version,
     }
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    tensors = {name: tensor.contiguous() for name, tensor in state_dict(adapter).items()}
     with locked(path):
         config = path / CONFIG_NAME
         before = config.read_bytes() if config.is_file() else b""
         replaces = digest(before) if before not in (b"", text.encode()) else ""
         # The weights hold the config too, so that replacing them replaces both: see open_folder.
-        replace(path / WEIGHTS_NAME, pack(tensors, text, replaces))
+        content = pack({name: tensor.contiguous() for name, tensor in tensors.items()}, text, replaces)
+        replace(path / WEIGHTS_NAME, content)
         replace(config, text.encode())
+
+
+def link(folder: Path, checkpoint: Path) -> None:
+    """Gives a folder's weights the name under which ``Trainer`` looks for them, without taking space for them twice
+    where the file system can do that."""
+    with locked(checkpoint), tempfile.TemporaryDirectory(dir=checkpoint, prefix=".saving-") as temporary:
+        file = Path(temporary) / TRAINER_WEIGHTS_NAME
+        try:
+            os.link(folder / WEIGHTS_NAME, file)
+        except OSError:
+            shutil.copyfile(folder / WEIGHTS_NAME, file)
+        os.replace(file, checkpoint / TRAINER_WEIGHTS_NAME)
 
 
 # -- loading --------------------------------------------------------------------------------------------------------

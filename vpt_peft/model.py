@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -197,23 +198,46 @@ class VPTModel(PromptedModel):
         save_directory: str | os.PathLike[str],
         selected_adapters: Sequence[str] | None = None,
         image_processor: Any = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | EllipsisType | None = ...,
+        save_function: Any = None,
         **card_details: Any,
     ) -> None:
         """Saves adapters: "default" into ``save_directory`` itself, any other into a subfolder of its name.
 
         Args:
+            selected_adapters: None: all.
             image_processor: saved beside the adapters, so that ``AutoImageProcessor`` finds it there.
+            is_main_process: False: writes nothing, and only helps to gather what several processes share.
+            state_dict: the module's state dict, gathered from several processes; None: it is as it is here. Given
+                either way, as by ``Trainer``, it makes a checkpoint: of the active adapter alone, with the same
+                weights as ``model.safetensors`` too, where ``Trainer`` looks for them.
+            save_function: taken from scripts that have one, and not used: files are replaced at once.
             card_details: see :meth:`create_or_update_model_card`.
         """
         self._check_attached()
+        is_checkpoint = state_dict is not ...
         names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
         check_known(self.adapters, names)  # type: ignore[arg-type]
+        if is_checkpoint and selected_adapters is None:
+            names = [self._active_adapter]
         for name in names:
+            adapter = self._adapters[name]
+            tensors = (
+                state.state_dict(adapter)
+                if not state_dict or state_dict is ...
+                else (state.translate(adapter, f"adapters.{name}.", state_dict))
+            )
+            if not is_main_process:
+                continue
             folder = _folder(save_directory, name)
-            checkpoint.save(self._adapters[name], folder, __version__)
+            checkpoint.save(adapter, folder, __version__, tensors)
             if image_processor is not None:
                 image_processor.save_pretrained(folder)
             self.create_or_update_model_card(save_directory, name, **card_details)
+        if is_checkpoint and is_main_process:
+            checkpoint.link(_folder(save_directory, names[0]), Path(save_directory))
 
     def create_or_update_model_card(
         self, output_dir: str | os.PathLike[str], adapter_name: str = "default", **details: Any
@@ -289,7 +313,7 @@ class VPTModel(PromptedModel):
         adapter = checkpoint.load(hub.pull(model_id, **source), backbone, is_trainable, torch_dtype)
         warn_of_change(adapter.config, model)
         vpt = cls.__new__(cls)
-        nn.Module.__init__(vpt)
+        PromptedModel.__init__(vpt)
         vpt._set_up(backbone, adapter_name, adapter, training=False)
         return vpt
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
@@ -14,20 +13,15 @@ from .backbones import Backbone
 from .batch import begin_pass, count_labels
 from .errors import AdapterError, RouteError
 from .passes import Pass, current
+from .pretrained import AdaptedModel
 from .routes import Attachment, ProjectionCache
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
-class PromptedModel(nn.Module):
+class PromptedModel(AdaptedModel):
     """A frozen backbone with adapters, as it runs: the forward pass, and the modes that it can be in.
 
     Which adapters there are, and where they come from, is :class:`~vpt_peft.VPTModel`'s business.
     """
-
-    base_model: Any
-    adapters: nn.ModuleDict
 
     def _attach(self, backbone: Backbone, training: bool) -> None:
         self._backbone = backbone
@@ -36,7 +30,7 @@ class PromptedModel(nn.Module):
         self._caches: dict[str, ProjectionCache] | None = None
         self._active_adapter = ""
         self._answering: list[Adapter] = []
-        self.base_model = backbone.model
+        self._modules["base_model"] = backbone.model
         self.adapters = nn.ModuleDict()
         self.training = training
 
@@ -124,10 +118,6 @@ class PromptedModel(nn.Module):
     def _adapters(self) -> dict[str, Adapter]:
         return dict(self.adapters.items())  # type: ignore[arg-type]
 
-    @property
-    def _active(self) -> Adapter:
-        return self._answering[0]
-
     @contextmanager
     def serving(self) -> Iterator[None]:
         """While it is open, prompts' keys and values are computed once for many calls, not once a call.
@@ -142,21 +132,6 @@ class PromptedModel(nn.Module):
             self._caches = before
 
     @property
-    def config(self) -> Any:
-        """The backbone's config with the active adapter's labels."""
-        return self._active.model_config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the backbone is."""
-        return self._backbone.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The backbone's precision."""
-        return next(self._backbone.trunk.parameters()).dtype
-
-    @property
     def routes(self) -> dict[int, str]:
         """``{layer: "tokens" or "key_value"}``: how the active adapter's prompts reach the layers that they do."""
         return {layer: step.route for layer, step in enumerate(self._active.steps) if step is not None}
@@ -169,34 +144,3 @@ class PromptedModel(nn.Module):
             yield
         finally:
             self._num_disabled -= 1
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the adapters' mode. The frozen backbone stays in eval mode: no dropout, no stochastic depth."""
-        super().train(mode)
-        self.base_model.eval()
-        return self
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Trades time for memory while training, layer by layer. Arguments are those of the backbone's own method."""
-        enable = getattr(self.base_model, "activation_checkpointing_enable", None)
-        if enable is None:  # transformers before the method got its new name
-            self.base_model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-        else:
-            enable(activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Ends what :meth:`activation_checkpointing_enable` began."""
-        disable = getattr(self.base_model, "activation_checkpointing_disable", None)
-        (disable or self.base_model.gradient_checkpointing_disable)()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """The older name of :meth:`activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of :meth:`activation_checkpointing_disable`."""
-        self.activation_checkpointing_disable()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter
 from .errors import CheckpointError
@@ -14,8 +15,27 @@ MAX_LISTED = 1000
 
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """Detached tensors of an adapter under the names of the format; they share its memory."""
-    return {name: tensor.detach() for name, tensor in adapter.tensors().items()}
+    """Detached tensors of an adapter under the names of the format; they share its memory, or, where several processes
+    each hold a part (FSDP2), are gathered by all of them at once."""
+    tensors = {name: tensor.detach() for name, tensor in adapter.tensors().items()}
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def translate(adapter: Adapter, prefix: str, module_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors out of a module's state dict, in which they stand behind ``prefix``.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    places = {id(tensor): prefix + name for name, tensor in adapter.state_dict(keep_vars=True).items()}
+    names = {name: places[id(tensor)] for name, tensor in adapter.tensors().items()}
+    missing = [place for place in names.values() if place not in module_state]
+    if missing:
+        raise CheckpointError(
+            f"The state dict must hold the adapter's tensors, but lacks {_listed(missing)}. Pass the one that "
+            "model.state_dict() or Accelerator.get_state_dict(model) gives, or none."
+        )
+    return {name: module_state[place].detach() for name, place in names.items()}
 
 
 @torch.no_grad()

@@ -1,0 +1,153 @@
+"""What transformers, its Trainer and accelerate ask of a model, answered for a frozen backbone with adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import state
+from .adapter import Adapter
+from .backbones import Backbone
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BACKBONE = re.compile(r"(^|\.)base_model\.")
+
+
+class LoadResult(NamedTuple):
+    """What ``load_state_dict`` returns, as everywhere in torch."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class AdaptedModel(PreTrainedModel):
+    """A ``PreTrainedModel`` whose state is its adapters: the backbone is frozen, and comes from elsewhere.
+
+    So checkpoints hold adapters alone. The module's own ``state_dict`` names tensors by their place in the module, as
+    torch's tools for several processes need it; ``load_state_dict`` takes those names, or the active adapter's tensors
+    under the names of the adapter format.
+    """
+
+    main_input_name = "pixel_values"
+    adapters: nn.ModuleDict
+    _backbone: Backbone
+    _answering: list[Adapter]
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # a config of its own, weights to draw, an attention to choose: there are none
+        self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
+
+    @property
+    def base_model(self) -> Any:
+        """The bare backbone, with its own head."""
+        return self._modules["base_model"]
+
+    @property
+    def _active(self) -> Adapter:
+        return self._answering[0]
+
+    @property
+    def config(self) -> Any:
+        """The backbone's config with the active adapter's labels."""
+        return self._active.model_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self._backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's precision."""
+        return next(self._backbone.trunk.parameters()).dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """The backbone's name on the Hub, or its folder."""
+        return str(self.config.name_or_path)
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """Classes of layers, for sharding."""
+        return self.base_model._no_split_modules
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether the backbone does."""
+        return bool(self.base_model.supports_gradient_checkpointing)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the adapters' mode. The frozen backbone stays in eval mode: no dropout, no stochastic depth."""
+        nn.Module.train(self, mode)
+        self.base_model.eval()
+        return self
+
+    # -- state dict -------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors of all adapters by their place in the module, ``adapters.{name}.…``; not the backbone's."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        tensors = super().state_dict(*args, **kwargs)
+        for name in [name for name in tensors if name.startswith(f"{prefix}base_model.")]:
+            del tensors[name]
+        return tensors
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copies tensors into adapters.
+
+        Args:
+            state_dict: as :meth:`state_dict` gives it; or the active adapter's, as ``get_adapter_state_dict`` gives
+                it and ``adapter_model.safetensors`` holds it, which is taken in strictly.
+
+        Raises:
+            CheckpointError: tensors of the backbone are among them, or they do not fit the active adapter.
+        """
+        theirs = [name for name in state_dict if BACKBONE.match(name)]
+        if theirs:
+            raise CheckpointError(
+                f"Expected tensors of adapters, got {len(theirs)} of the backbone, such as {theirs[0]}. The backbone "
+                "never changes: load it by its own from_pretrained, and only adapters here."
+            )
+        if any(name.startswith("adapters.") for name in state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+        state.load_state_dict(self._active, state_dict)
+        return LoadResult([], [])
+
+    # -- activation checkpointing -----------------------------------------------------------------------------------
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Trades time for memory while training, layer by layer. Arguments are those of the backbone's own method."""
+        enable = getattr(self.base_model, "activation_checkpointing_enable", None)
+        if enable is None:  # transformers before the method got its new name
+            self.base_model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        else:
+            enable(activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Ends what :meth:`activation_checkpointing_enable` began."""
+        disable = getattr(self.base_model, "activation_checkpointing_disable", None)
+        (disable or self.base_model.gradient_checkpointing_disable)()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+
+def _expect_no_backbone(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not BACKBONE.search(name)]
