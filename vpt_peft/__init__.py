@@ -11,6 +11,7 @@ from .backbones import Architecture, Head, register_architecture
 from .config import PromptConfig
 from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
 from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
+from .optim import adamw, parameter_groups
 from .version import __version__
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "VPTError",
     "VPTModel",
     "__version__",
+    "adamw",
     "get_adapter_state_dict",
     "get_vpt_model",
+    "parameter_groups",
     "register_architecture",
     "set_adapter_state_dict",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ class Adapter(nn.Module):
     def biases_by_path(self) -> dict[str, nn.Parameter]:
         """The adapter's own biases and the paths of the modules that they belong to."""
         return {_path(key): bias for key, bias in self._biases.items()}
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The head's parameters."""
+        return self._heads.parameters()
 
     @property
     def num_labels(self) -> int:

@@ -1,0 +1,61 @@
+"""Parameter groups for an optimizer: a head learns with a larger learning rate than prompts do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import AdapterError, shown
+from .model import VPTModel
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float = 3e-3,
+    head_learning_rate: float | None = 3e-2,
+    weight_decay: float = 0.01,
+) -> list[dict[str, Any]]:
+    """What trains, in groups for any optimizer of torch: prompts and whatever else there is, and the head.
+
+    Args:
+        model: a :class:`~vpt_peft.VPTModel`, wrapped or not, whose active adapter trains; in any other model, nothing is
+            a head.
+        learning_rate: of the prompts.
+        head_learning_rate: of the head; None: the same.
+        weight_decay: of matrices; biases and norms, which have one dimension, get none.
+
+    Returns:
+        Up to four groups, each with ``params``, ``lr`` and ``weight_decay``; none is empty.
+
+    Raises:
+        AdapterError: a value is out of range, or nothing trains.
+    """
+    head_learning_rate = learning_rate if head_learning_rate is None else head_learning_rate
+    values = {"learning_rate": learning_rate, "head_learning_rate": head_learning_rate, "weight_decay": weight_decay}
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise AdapterError(f"{name} must be a number of at least 0, got {shown(value)}.")
+    models = [module for module in model.modules() if isinstance(module, VPTModel)]  # wrapped for DDP, say, or not
+    head = {id(parameter) for vpt in models for parameter in vpt._active.head_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in head, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise AdapterError("Nothing of the model trains. Load the adapter with is_trainable=True, or add a new one.")
+    return [
+        {
+            "params": parameters,
+            "lr": head_learning_rate if of_head else learning_rate,
+            "weight_decay": weight_decay if is_matrix else 0.0,
+        }
+        for (of_head, is_matrix), parameters in groups.items()
+    ]
+
+
+def adamw(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[type[torch.optim.AdamW], dict[str, Any]]:
+    """AdamW over :func:`parameter_groups`, whose arguments it takes, as ``Trainer`` takes an optimizer:
+    ``Trainer(vpt, args, optimizer_cls_and_kwargs=adamw(vpt), ...)``."""
+    return torch.optim.AdamW, {"params": parameter_groups(model, *args, **kwargs)}
