@@ -20,8 +20,7 @@ def parameter_groups(
     """What trains, in groups for any optimizer of torch: prompts and whatever else there is, and the head.
 
     Args:
-        model: a :class:`~vpt_peft.VPTModel`, wrapped or not, whose active adapter trains; in any other model, nothing is
-            a head.
+        model: a :class:`~vpt_peft.VPTModel`, wrapped or not, whose active adapter trains; any other model has no head.
         learning_rate: of the prompts.
         head_learning_rate: of the head; None: the same.
         weight_decay: of matrices; biases and norms, which have one dimension, get none.

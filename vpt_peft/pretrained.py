@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from . import state
 from .adapter import Adapter
 from .backbones import Backbone
-from .errors import CheckpointError
+from .errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,6 +89,24 @@ class AdaptedModel(PreTrainedModel):
         nn.Module.train(self, mode)
         self.base_model.eval()
         return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves backbone and adapters, as everywhere in torch.
+
+        Raises:
+            AdapterError: the move is to the meta device, from which the backbone would not come back.
+        """
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type == "meta":
+            raise AdapterError(
+                "A VPTModel cannot go to the meta device: its state dict holds adapters alone, so that the backbone's "
+                "weights would be lost. With FSDP2 by Accelerate, set cpu_ram_efficient_loading to False."
+            )
+        return super().to(*args, **kwargs)
+
+    def get_input_embeddings(self) -> Any:
+        """The backbone's."""
+        return self.base_model.get_input_embeddings()
 
     # -- state dict -------------------------------------------------------------------------------------------------
 

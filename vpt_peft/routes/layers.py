@@ -73,9 +73,9 @@ class MergingDoor(Door):
     """Carries prompts through Swin's patch merging: four copies of a prompt take the place of four patches."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.forward(*args, **kwargs)
         running = current_pass()
         for group in running.groups if running is not None else ():
             if group.tokens is not None:
                 group.tokens = self.module.reduction(self.module.norm(group.tokens.repeat(1, 1, 4)))
-        return output
+        # The image comes last, so that in the backward pass it comes first: sharded weights are gathered for it.
+        return self.forward(*args, **kwargs)

@@ -1,0 +1,266 @@
+"""transformers' Trainer, with nothing but ``Trainer(vpt, args, ...)``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import HubServer
+from tiny import BUILDERS, Tiny, assert_same, logits
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from vpt_peft import (
+    AdapterError,
+    PromptConfig,
+    VPTModel,
+    adamw,
+    get_adapter_state_dict,
+    parameter_groups,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+
+class Images(Dataset):  # type: ignore[type-arg]
+    """Random images with labels that can be learned, and a column that no model takes."""
+
+    def __init__(self, tiny: Tiny, number: int = 16) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = tiny.pixel_values.shape[-1]
+        self.labels = torch.arange(number) % 7
+        self.images = torch.randn(number, 3, size, size, generator=generator) + self.labels[:, None, None, None] / 3
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.images[index], "labels": int(self.labels[index]), "file": "none.png"}
+
+
+def right(prediction: Any) -> dict[str, float]:
+    return {"right": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    def make(vpt: VPTModel, tiny: Tiny, callbacks: Any = None, optimizer: Any = None, **arguments: Any) -> Trainer:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"), "num_train_epochs": 2, "per_device_train_batch_size": 4,
+            "eval_strategy": "epoch", "save_strategy": "epoch", "logging_steps": 1, "learning_rate": 1e-2,
+            "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 3,
+        }  # fmt: skip
+        images = Images(tiny)
+        return Trainer(
+            vpt, TrainingArguments(**{**defaults, **arguments}), train_dataset=images, eval_dataset=images,
+            compute_metrics=right, callbacks=callbacks, optimizer_cls_and_kwargs=optimizer,
+        )  # fmt: skip
+
+    return make
+
+
+def state(vpt: VPTModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in get_adapter_state_dict(vpt, vpt.active_adapter).items()}
+
+
+def logged(trainer: Trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_a_checkpoint_holds_only_the_adapter_and_opens_as_one(tiny: Tiny, new: Any, trainer: Any) -> None:
+    backbone = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    vpt = tiny.prompted()
+    run = trainer(vpt, tiny)
+    run.train()
+    checkpoint = Path(run.args.output_dir, "checkpoint-8")
+    size = sum(tensor.nbytes for tensor in state(vpt).values())
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        assert (checkpoint / name).stat().st_size < size + 4096
+    assert (checkpoint / "adapter_model.safetensors").samefile(checkpoint / "model.safetensors"), "takes no space twice"
+    assert len(logged(run, "eval_loss")) == len(logged(run, "eval_right")) == 2
+    loaded = VPTModel.from_pretrained(new().model, checkpoint)
+    assert_same(state(loaded), state(vpt))
+    assert torch.equal(logits(loaded, tiny.pixel_values), logits(vpt.eval(), tiny.pixel_values))
+    assert_same(tiny.model.state_dict(), backbone)
+    earlier = VPTModel.from_pretrained(new().model, checkpoint.with_name("checkpoint-4"))
+    assert not torch.equal(logits(loaded, tiny.pixel_values), logits(earlier, tiny.pixel_values))
+
+
+@pytest.mark.parametrize("config", [{}, {"bias": "all", "dropout": 0.2}, {"deep": False, "projection_dim": 6}])
+def test_resuming_continues_to_bit_identical_weights(
+    tiny: Tiny, new: Any, trainer: Any, config: dict[str, Any]
+) -> None:
+    whole = tiny.prompted(**config)
+    run = trainer(whole, tiny)
+    run.train()
+    resumed = new().prompted(**config)
+    again = trainer(resumed, tiny)
+    again.train(resume_from_checkpoint=str(Path(run.args.output_dir, "checkpoint-4")))
+    assert again.state.global_step == 8 and len(logged(again, "loss")) == 8
+    assert_same(state(resumed), state(whole))
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_and_older_ones_are_deleted(tiny: Tiny, trainer: Any) -> None:
+    vpt = tiny.prompted()
+    scores = iter([0.1, 0.9, 0.5, 0.2])
+    arguments = {"num_train_epochs": 4, "load_best_model_at_end": True, "metric_for_best_model": "score"}
+    run = trainer(vpt, tiny, save_total_limit=1, greater_is_better=True, **arguments)
+    run.compute_metrics = lambda _: {"score": next(scores)}
+    run.train()
+    best = Path(run.args.output_dir, "checkpoint-8")
+    assert run.state.best_model_checkpoint == str(best)
+    assert [path.name for path in best.parent.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert_same(state(vpt), state(VPTModel.from_pretrained(BUILDERS[tiny.name]().model, best)))
+
+
+def test_training_stops_early_and_callbacks_see_the_model(vit: Tiny, trainer: Any) -> None:
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append(model)
+
+    vpt = vit.prompted()
+    arguments = {"load_best_model_at_end": True, "metric_for_best_model": "right", "num_train_epochs": 9}
+    run = trainer(vpt, vit, [EarlyStoppingCallback(1), Watch()], learning_rate=0.0, **arguments)
+    run.train()
+    assert seen == [vpt, vpt]
+
+
+def test_gradient_accumulation_is_the_larger_batch(tiny: Tiny, new: Any, trainer: Any) -> None:
+    large, small = tiny.prompted(), new().prompted()
+    trainer(large, tiny, per_device_train_batch_size=8, save_strategy="no", max_steps=2).train()
+    trainer(
+        small, tiny, gradient_accumulation_steps=4, per_device_train_batch_size=2, save_strategy="no", max_steps=2
+    ).train()
+    assert_same(state(small), state(large), 2e-5)
+
+
+def test_gradient_checkpointing_changes_no_weight(tiny: Tiny, new: Any, trainer: Any) -> None:
+    plain, checkpointed = tiny.prompted(deep=False), new().prompted(deep=False)
+    trainer(plain, tiny, save_strategy="no").train()
+    trainer(checkpointed, tiny, save_strategy="no", gradient_checkpointing=True).train()
+    assert checkpointed.is_gradient_checkpointing
+    assert_same(state(checkpointed), state(plain), 1e-6)
+
+
+@pytest.mark.parametrize("arguments", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}])
+def test_it_trains_in_bfloat16_and_compiled(tiny: Tiny, new: Any, trainer: Any, arguments: dict[str, Any]) -> None:
+    vpt = tiny.prompted()
+    run = trainer(vpt, tiny, num_train_epochs=6, learning_rate=2e-2, **arguments)
+    run.train()
+    losses = logged(run, "loss")
+    assert sum(losses[-4:]) < sum(losses[:4])
+    loaded = VPTModel.from_pretrained(new().model, Path(run.args.output_dir, "checkpoint-24"))
+    assert_same(state(loaded), state(vpt))
+    assert all(tensor.dtype == torch.float32 for tensor in state(vpt).values())
+
+
+def test_label_smoothing_gives_the_smoothed_loss(vit: Tiny, trainer: Any) -> None:
+    vpt = vit.prompted()
+    run = trainer(vpt, vit, label_smoothing_factor=0.2)
+    batch = Images(vit).images[:4], torch.arange(4) % 7
+    with torch.no_grad():
+        loss = run.compute_loss(vpt, {"pixel_values": batch[0], "labels": batch[1]})
+        expected = torch.nn.functional.cross_entropy(vpt(batch[0]).logits, batch[1], label_smoothing=0.2)
+    torch.testing.assert_close(loss, expected)
+    run.train()
+
+
+def test_only_the_active_adapter_is_in_a_checkpoint(tiny: Tiny, new: Any, trainer: Any) -> None:
+    vpt = tiny.prompted()
+    vpt.add_adapter("birds", PromptConfig(num_tokens=2), num_labels=7)
+    vpt.set_adapter("birds")
+    run = trainer(vpt, tiny)
+    run.train()
+    checkpoint = Path(run.args.output_dir, "checkpoint-8")
+    assert not (checkpoint / "adapter_model.safetensors").exists()
+    loaded = VPTModel.from_pretrained(new().model, checkpoint, adapter_name="birds")
+    assert_same(state(loaded), state(vpt))
+    second = new().prompted()
+    second.add_adapter("birds", PromptConfig(num_tokens=2), num_labels=7)
+    second.set_adapter("birds")
+    trainer(second, tiny).train(resume_from_checkpoint=str(checkpoint.with_name("checkpoint-4")))
+    assert_same(state(second), state(vpt))
+
+
+def test_prompts_and_head_get_their_own_learning_rates(tiny: Tiny, trainer: Any) -> None:
+    vpt = tiny.prompted(bias="all")
+    run = trainer(
+        vpt, tiny, optimizer=adamw(vpt, 1e-3, 1e-2, weight_decay=0.1), max_steps=1, lr_scheduler_type="constant"
+    )
+    run.train()
+    tensors = vpt.adapters["default"].tensors()
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    got = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in run.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert got.keys() == tensors.keys()
+    assert got["prompts.0"] == (1e-3, 0.1)
+    assert got["head.classifier.weight"] == (1e-2, 0.1)
+    assert got["head.classifier.bias"] == (1e-2, 0.0)
+    assert {got[name] for name in got if name.startswith("bias.")} == {(1e-3, 0.0)}
+
+
+def test_parameter_groups_refuse_what_makes_no_sense(vit: Tiny, tmp_path: Path) -> None:
+    vpt = vit.prompted()
+    with pytest.raises(AdapterError, match="head_learning_rate must be a number of at least 0, got -1"):
+        parameter_groups(vpt, head_learning_rate=-1)
+    vpt.save_pretrained(tmp_path)
+    vpt.unload()
+    frozen = VPTModel.from_pretrained(vit.model, tmp_path)
+    with pytest.raises(AdapterError, match="is_trainable=True"):
+        adamw(frozen)
+
+
+def test_trainer_pushes_what_opens_from_the_hub(vit: Tiny, trainer: Any, hub: HubServer) -> None:
+    vpt = vit.prompted()
+    run = trainer(vpt, vit, push_to_hub=True, hub_model_id="me/tuned", hub_token="hf_me")
+    run.train()
+    run.push_to_hub()
+    loaded = VPTModel.from_pretrained(BUILDERS["vit"]().model, "me/tuned", token="hf_me")
+    assert_same(state(loaded), state(vpt))
+
+
+def test_a_state_dict_holds_adapters_alone_and_comes_back(tiny: Tiny, new: Any) -> None:
+    vpt, other = tiny.prompted(), new().prompted()
+    vpt.add_adapter("birds", PromptConfig(num_tokens=2))
+    other.add_adapter("birds", PromptConfig(num_tokens=2))
+    saved = vpt.state_dict()
+    assert all(name.startswith(("adapters.default.", "adapters.birds.")) for name in saved)
+    result = other.load_state_dict(copy.deepcopy(saved))
+    assert result.missing_keys == result.unexpected_keys == []
+    assert_same(dict(other.state_dict()), dict(saved))
+    saved.popitem()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(saved)
+
+
+def test_a_state_dict_with_the_backbones_weights_is_refused(vit: Tiny) -> None:
+    vpt = vit.prompted()
+    before = {name: tensor.clone() for name, tensor in vit.model.state_dict().items()}
+    stranger = {f"base_model.{name}": torch.zeros_like(tensor) for name, tensor in before.items()}
+    with pytest.raises(ValueError, match="The backbone never changes"):
+        vpt.load_state_dict({**vpt.state_dict(), **stranger})
+    assert_same(dict(vit.model.state_dict()), before)
+
+
+def test_where_links_cannot_be_made_a_checkpoint_holds_a_copy(
+    vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    vit.prompted().save_pretrained(tmp_path, state_dict=None)
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "model.safetensors",
+    ]  # fmt: skip
