@@ -28,7 +28,7 @@ LAYERS = [
     "vpt_peft",
     "vpt_peft.auto",
     "vpt_peft.convert",
-    "vpt_peft.optim",
+    "vpt_peft.trainer",
     "vpt_peft.model",
     "vpt_peft.origin",
     "vpt_peft.hub",

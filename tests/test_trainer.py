@@ -18,6 +18,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from vpt_peft import (
     AdapterError,
     PromptConfig,
+    PushAdapter,
     VPTModel,
     adamw,
     get_adapter_state_dict,
@@ -225,6 +226,17 @@ def test_trainer_pushes_what_opens_from_the_hub(vit: Tiny, trainer: Any, hub: Hu
     run = trainer(vpt, vit, push_to_hub=True, hub_model_id="me/tuned", hub_token="hf_me")
     run.train()
     run.push_to_hub()
+    loaded = VPTModel.from_pretrained(BUILDERS["vit"]().model, "me/tuned", token="hf_me")
+    assert_same(state(loaded), state(vpt))
+
+
+def test_a_push_while_training_is_a_whole_adapter_with_the_callback(
+    vit: Tiny, trainer: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.trainer.is_peft_available", lambda: False)
+    vpt = vit.prompted()
+    arguments = {"push_to_hub": True, "hub_model_id": "me/tuned", "hub_token": "hf_me", "hub_always_push": True}
+    trainer(vpt, vit, [PushAdapter()], **arguments).train()
     loaded = VPTModel.from_pretrained(BUILDERS["vit"]().model, "me/tuned", token="hf_me")
     assert_same(state(loaded), state(vpt))
 

@@ -11,7 +11,7 @@ from .backbones import Architecture, Head, register_architecture
 from .config import PromptConfig
 from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
 from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
-from .optim import adamw, parameter_groups
+from .trainer import PushAdapter, adamw, parameter_groups
 from .version import __version__
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "ConfigError",
     "Head",
     "PromptConfig",
+    "PushAdapter",
     "RouteError",
     "UnsupportedModelError",
     "VPTError",

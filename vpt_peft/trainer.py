@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: a head learns with a larger learning rate than prompts do."""
+"""What helps transformers' Trainer: a learning rate of its own for the head, and whole adapters in each push."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from .errors import AdapterError, shown
 from .model import VPTModel
@@ -58,3 +59,17 @@ def adamw(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[type[torch.optim
     """AdamW over :func:`parameter_groups`, whose arguments it takes, as ``Trainer`` takes an optimizer:
     ``Trainer(vpt, args, optimizer_cls_and_kwargs=adamw(vpt), ...)``."""
     return torch.optim.AdamW, {"params": parameter_groups(model, *args, **kwargs)}
+
+
+class PushAdapter(TrainerCallback):
+    """Makes each push of a ``Trainer(vpt, args, callbacks=[PushAdapter()])`` a whole adapter.
+
+    While it trains, Trainer itself uploads what transformers calls a model, and the adapter's files only if ``peft`` is
+    installed. What it pushes at the end is whole in any case.
+    """
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Saves the active adapter where Trainer is about to upload from."""
+        found = [module for module in model.modules() if isinstance(module, VPTModel)]
+        if state.is_world_process_zero and found:
+            found[0].save_pretrained(args.output_dir, [found[0].active_adapter])

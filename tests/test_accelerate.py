@@ -1,0 +1,94 @@
+"""A hand-written loop with accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny import Tiny, assert_same
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vpt_peft import VPTModel, adamw, get_adapter_state_dict
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def prepare(tiny: Tiny, **config: Any) -> tuple[Accelerator, Any, Any, Any]:
+    accelerator = Accelerator(cpu=True, **config)
+    vpt = tiny.prompted().train()
+    optimizer_class, groups = adamw(vpt)
+    batches = DataLoader(list(zip(tiny.pixel_values, tiny.labels, strict=True)), batch_size=2)  # type: ignore[arg-type]
+    return accelerator, *accelerator.prepare(vpt, optimizer_class(**groups), batches)
+
+
+def train(accelerator: Accelerator, model: Any, optimizer: Any, batches: Any) -> None:
+    for images, labels in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(images, labels=labels).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def state(model: VPTModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in get_adapter_state_dict(model).items()}
+
+
+def test_a_saved_state_holds_the_adapter_and_training_goes_on_bit_for_bit(tiny: Tiny, new: Any, tmp_path: Path) -> None:
+    accelerator, model, optimizer, batches = prepare(tiny)
+    train(accelerator, model, optimizer, batches)
+    accelerator.save_state(str(tmp_path))
+    assert all(name.startswith("adapters.default.") for name in load_file(tmp_path / "model.safetensors"))
+    train(accelerator, model, optimizer, batches)
+    expected = state(accelerator.unwrap_model(model))
+
+    AcceleratorState._reset_state(True)
+    accelerator, model, optimizer, batches = prepare(new())
+    accelerator.load_state(str(tmp_path))
+    train(accelerator, model, optimizer, batches)
+    assert_same(state(accelerator.unwrap_model(model)), expected)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_unwrapped_model_is_saved_as_scripts_do_it(tiny: Tiny, new: Any, precision: str, tmp_path: Path) -> None:
+    accelerator, model, optimizer, batches = prepare(tiny, mixed_precision=precision, gradient_accumulation_steps=2)
+    train(accelerator, model, optimizer, batches)
+    unwrapped = accelerator.unwrap_model(model)
+    assert isinstance(unwrapped, VPTModel)
+    unwrapped.save_pretrained(
+        tmp_path,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    assert_same(state(VPTModel.from_pretrained(new().model, tmp_path)), state(unwrapped))
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.prompted().save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_state_dict_that_lacks_tensors_is_refused_and_nothing_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    vpt = tiny.prompted()
+    given = vpt.state_dict()
+    del given["adapters.default.prompts.embeddings.0"]
+    with pytest.raises(ValueError, match=r"lacks adapters\.default\.prompts\.embeddings\.0"):
+        vpt.save_pretrained(tmp_path / "x", state_dict=given)
+    assert not (tmp_path / "x").exists()
+
+
+def test_outputs_are_in_float32_under_mixed_precision(vit: Tiny) -> None:
+    model = prepare(vit, mixed_precision="bf16")[1]
+    assert model(vit.pixel_values).logits.dtype == torch.float32, "accelerate's promise"
