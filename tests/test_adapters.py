@@ -102,9 +102,35 @@ def test_disabling_gives_the_bare_backbone_nests_and_survives_exceptions(tiny: T
         with two.disable_adapter():
             assert torch.equal(logits(two, tiny.pixel_values), bare)
         assert torch.equal(logits(two, tiny.pixel_values), bare)
-        assert not two.get_model_status()["enabled"]
+        assert not two.get_model_status().enabled
         raise RuntimeError("inside")
     assert torch.equal(logits(two, tiny.pixel_values), ours)
+
+
+def test_switching_inside_disabling_takes_effect_behind_it(tiny: Tiny, two: VPTModel) -> None:
+    bare = logits(tiny.model, tiny.pixel_values)
+    with two.disable_adapter():
+        two.set_adapter("cars")
+        assert torch.equal(logits(two, tiny.pixel_values), bare)
+        two.delete_adapter("birds")
+        assert torch.equal(logits(two.get_base_model(), tiny.pixel_values), bare)
+    assert logits(two, tiny.pixel_values).shape == (4, 3)
+
+
+def test_no_verb_works_after_unload(tiny: Tiny, two: VPTModel, tmp_path: Path) -> None:
+    two.save_pretrained(tmp_path)
+    assert two.unload() is tiny.model
+    for verb in (
+        lambda: two.add_adapter("boats", BIRDS),
+        lambda: two.load_adapter(tmp_path / "birds", "boats"),
+        lambda: two.set_adapter("cars"),
+        lambda: two.delete_adapter("cars"),
+        lambda: two.save_pretrained(tmp_path / "again"),
+        lambda: two(tiny.pixel_values, adapter_names=["cars"] * 4),
+        lambda: two.unload(),
+    ):
+        with pytest.raises(AdapterError, match="was unloaded"):
+            verb()
 
 
 def test_unknown_label_arguments_are_named(two: VPTModel) -> None:
@@ -124,11 +150,17 @@ def test_any_word_is_a_name(tiny: Tiny, two: VPTModel, name: str) -> None:
 
 def test_the_status_names_what_is_attached(two: VPTModel) -> None:
     status = two.get_model_status()
-    assert status["available_adapters"] == ["birds", "cars"]
-    assert status["active_adapters"] == ["birds"] and status["enabled"]
-    assert status["requires_grad"] == {"birds": True, "cars": False}
-    assert status["trainable_params"] == sum(tensor.numel() for tensor in copies(two, "birds").values())
-    assert status["num_adapter_layers"] == {"birds": 4, "cars": 4}
+    assert status.available_adapters == ["birds", "cars"]
+    assert status.active_adapters == ["birds"] and status.enabled and status.merged_adapters == []
+    assert status.requires_grad == {"birds": True, "cars": False}
+    assert status.trainable_params == sum(tensor.numel() for tensor in copies(two, "birds").values())
+    assert status.total_params == two.get_nb_trainable_parameters()[1]
+    assert status.num_adapter_layers == 4
+    assert status.peft_types == {"birds": "VPT", "cars": "VPT"}
+    assert status.devices == {"birds": ["cpu"], "cars": ["cpu"]}
+    assert status.base_model_type == type(two.get_base_model()).__name__
+    two.adapters["cars"].prompts.requires_grad_(True)
+    assert two.get_model_status().requires_grad == {"birds": True, "cars": "irregular"}
 
 
 def test_saving_writes_default_at_the_top_and_others_into_subfolders(tiny: Tiny, tmp_path: Path) -> None:
@@ -197,13 +229,64 @@ def test_loading_onto_an_existing_name_replaces_tensors_of_an_equal_config(
     assert_same(copies(two, "birds"), kept)
 
 
-def test_low_precision_storage(tiny: Tiny, two: VPTModel, tmp_path: Path) -> None:
+def test_loading_onto_an_existing_name_with_other_labels_names_them(two: VPTModel, tmp_path: Path) -> None:
+    two.save_pretrained(tmp_path)
+    two.delete_adapter("cars")
+    two.add_adapter("cars", CARS, id2label={0: "c", 1: "b", 2: "a"}, label2id={"c": 0, "b": 1, "a": 2})
+    kept = copies(two, "cars")
+    with pytest.raises(CheckpointError, match="differs in id2label, label2id"):
+        two.load_adapter(tmp_path / "cars", "cars")
+    assert_same(copies(two, "cars"), kept)
+
+
+def test_a_failed_load_adds_nothing(two: VPTModel, tmp_path: Path) -> None:
+    two.save_pretrained(tmp_path)
+    for folder, name, message in (
+        (tmp_path / "boats", "boats", "does not exist"),
+        (tmp_path, "boats", "several adapters: birds, cars"),
+        (tmp_path / "birds", "a.b", "must be a word without dots"),
+        (tmp_path / "birds", "__base__", "not '__base__'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            two.load_adapter(folder, name)
+        assert list(two.adapters) == ["birds", "cars"] and two.active_adapter == "birds"
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_low_precision_storage(tiny: Tiny, two: VPTModel, tmp_path: Path, name: str) -> None:
     answer = logits(two, tiny.pixel_values)
     two.save_pretrained(tmp_path)
-    two.load_adapter(tmp_path / "birds", "half", torch_dtype=torch.bfloat16)
+    two.load_adapter(tmp_path / "birds", "half", **{name: torch.bfloat16})
     assert {tensor.dtype for tensor in get_adapter_state_dict(two, "half").values()} == {torch.bfloat16}
     two.set_adapter("half")
     torch.testing.assert_close(logits(two, tiny.pixel_values).float(), answer, atol=0.1, rtol=0.1)
+    loaded = VPTModel.from_pretrained(two.unload(), tmp_path / "birds", **{name: torch.float16})
+    assert {tensor.dtype for tensor in get_adapter_state_dict(loaded).values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ({"dtype": torch.float16, "torch_dtype": torch.bfloat16}, "must agree, got torch.float16 and torch.bfloat16"),
+        ({"dtype": torch.int8}, "dtype of floating point, such as torch.bfloat16, got torch.int8"),
+        ({"torch_dtype": "half"}, "dtype of floating point, such as torch.bfloat16, got 'half'"),
+    ],
+)
+def test_a_wrong_dtype_is_a_clear_error(two: VPTModel, tmp_path: Path, dtypes: dict[str, Any], message: str) -> None:
+    two.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=message):
+        two.load_adapter(tmp_path / "birds", "half", **dtypes)
+    assert list(two.adapters) == ["birds", "cars"]
+    model = two.unload()
+    with pytest.raises(AdapterError, match=message):
+        VPTModel.from_pretrained(model, tmp_path / "birds", **dtypes)
+
+
+def test_an_error_lists_no_more_names_than_can_be_read(two: VPTModel) -> None:
+    for number in range(30):
+        two.add_adapter(f"task{number}", BIRDS)
+    with pytest.raises(AdapterError, match=r"the adapters birds, cars, .*, task17 and 12 more, got boats\.$"):
+        two.set_adapter("boats")
 
 
 def test_parameters_are_counted_as_peft_prints_them(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ LAYERS = [
     "vpt_peft.prompted",
     "vpt_peft.pretrained",
     "vpt_peft.state",
+    "vpt_peft.status",
     "vpt_peft.batch",
     "vpt_peft.adapter",
     "vpt_peft.routes",

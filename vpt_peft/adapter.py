@@ -59,7 +59,7 @@ class Adapter(nn.Module):
         _check_shared(config, fresh)
         self.prompts = Prompts(config, fresh, backbone.patch_size, device)
 
-        self.model_config = copy.deepcopy(backbone.model.config)
+        self.model_config = _copy_config(backbone.model.config)
         for name, value in _checked_labels(labels or {}).items():
             setattr(self.model_config, name, value)
         self._heads = nn.ModuleDict()
@@ -141,11 +141,16 @@ def clone(module: nn.Module) -> nn.Module:
     return copied
 
 
+def _copy_config(config: Any) -> Any:
+    """A deep copy; of the maps of labels, which may be long, a flat one, which is as good and much faster."""
+    return copy.deepcopy(config, {id(labels): dict(labels) for labels in (config.id2label, config.label2id) if labels})
+
+
 def _own_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
     """A copy of the model's head; with a new output layer where it has another number of labels."""
-    head = clone(backbone.model.get_submodule(path))
+    head = backbone.model.get_submodule(path)
     if backbone.head.task_type != "IMAGE_CLASSIFICATION" or num_labels == backbone.model.config.num_labels:
-        return head
+        return clone(head)
     if isinstance(head, nn.Linear | nn.Identity):
         return nn.Linear(backbone.num_features, num_labels, device=device)
     raise ConfigError(

@@ -12,13 +12,20 @@ from .errors import AdapterError
 from .passes import Group, Pass
 
 BASE = "__base__"
+MAX_LISTED = 20
 
 
 def check_known(adapters: Mapping[str, object], names: Sequence[object]) -> None:
     """Raises AdapterError for names of adapters that do not exist."""
     unknown = sorted({str(name) for name in names if name not in adapters})
     if unknown:
-        raise AdapterError(f"The model has the adapters {', '.join(adapters)}, got {', '.join(unknown)}.")
+        raise AdapterError(f"The model has the adapters {_listed(list(adapters))}, got {_listed(unknown)}.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names, as many as can be read: there may be thousands."""
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def check_name(name: str) -> None:

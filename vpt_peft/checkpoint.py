@@ -133,21 +133,30 @@ def load(
 
 
 def reload(adapter: Adapter, folder: str | os.PathLike[str], backbone: Backbone) -> None:
-    """Loads the tensors of a folder into an adapter of equal config.
+    """Loads the tensors of a folder into an adapter of equal config and labels.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its config is another. Nothing has changed.
     """
     with open_folder(folder) as saved:
         _check_fit(saved, backbone)
-        own = adapter.config.replace(inference_mode=saved.config.inference_mode)
-        if saved.config != own or len(saved.labels["id2label"]) != adapter.num_labels:
+        differing = _differing(adapter, saved)
+        if differing:
             raise CheckpointError(
-                f"Expected an adapter of the same config as the one of that name, got another in '{folder}'. "
-                "Delete the one that exists first, or load under another name."
+                f"Expected an adapter of the same config and labels as the one of that name, but '{folder}' differs in "
+                f"{', '.join(differing)}. Delete the one that exists first, or load under another name."
             )
         refuse(misfits(shapes_of(adapter.tensors()), saved.weights.shapes))
         load_state_dict(adapter, saved.weights.tensors())
+
+
+def _differing(adapter: Adapter, saved: Saved) -> list[str]:
+    """Names of what an adapter and a folder say differently. Whether it may train is the adapter's own affair."""
+    own, other = (
+        {**config.to_dict(), **labels, "inference_mode": None}
+        for config, labels in ((adapter.config, adapter.labels()), (saved.config, saved.labels))
+    )
+    return [name for name in own if own[name] != other[name]]
 
 
 @contextmanager

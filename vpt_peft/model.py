@@ -22,6 +22,7 @@ from .config import PromptConfig
 from .errors import AdapterError
 from .origin import free_backbone, warn_of_change, warn_of_local, with_origin
 from .prompted import PromptedModel
+from .status import ModelStatus, describe
 from .version import __version__
 
 
@@ -86,6 +87,7 @@ class VPTModel(PromptedModel):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         **source: Any,
     ) -> None:
@@ -95,18 +97,19 @@ class VPTModel(PromptedModel):
             model_id: the adapter's folder or repository on the Hub.
             source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
             is_trainable: False: the adapter stays frozen, also when it becomes active.
-            torch_dtype: precision to keep its tensors in; None: float32.
+            dtype: precision to keep its tensors in; None: float32. ``torch_dtype`` is its older name.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, made for another backbone, or an adapter of that
                 name and another config exists. Nothing has changed.
         """
         self._check_attached()
+        dtype = state.storage_dtype(dtype, torch_dtype)
         if adapter_name in self.adapters:
             checkpoint.reload(self._adapters[adapter_name], hub.pull(model_id, **source), self._backbone)
         else:
             check_name(adapter_name)
-            adapter = checkpoint.load(hub.pull(model_id, **source), self._backbone, is_trainable, torch_dtype)
+            adapter = checkpoint.load(hub.pull(model_id, **source), self._backbone, is_trainable, dtype)
             warn_of_change(adapter.config, self.base_model)
             self._put(adapter_name, adapter)
 
@@ -150,29 +153,11 @@ class VPTModel(PromptedModel):
         """The bare backbone, with its own head."""
         return self.base_model
 
-    def get_model_status(self) -> dict[str, Any]:
-        """What is attached and what of it is active and trains, in the terms of PEFT's ``get_model_status``."""
+    def get_model_status(self) -> ModelStatus:
+        """What is attached, and what of it is active and trains, as PEFT's ``get_model_status`` tells it."""
         trainable, total = self.get_nb_trainable_parameters()
-        return {
-            "base_model_type": type(self.base_model).__name__,
-            "peft_types": {name: adapter.config.peft_type for name, adapter in self._adapters.items()},
-            "trainable_params": trainable,
-            "total_params": total,
-            "num_adapter_layers": {
-                name: sum(step is not None for step in adapter.steps) for name, adapter in self._adapters.items()
-            },
-            "enabled": self._num_disabled == 0,
-            "active_adapters": [self._active_adapter],
-            "requires_grad": {
-                name: any(parameter.requires_grad for parameter in adapter.parameters())
-                for name, adapter in self._adapters.items()
-            },
-            "available_adapters": list(self.adapters),
-            "devices": {
-                name: sorted({parameter.device.type for parameter in adapter.parameters()})
-                for name, adapter in self._adapters.items()
-            },
-        }
+        model_type = type(self.base_model).__name__
+        return describe(self._adapters, self._active_adapter, self._num_disabled == 0, model_type, trainable, total)
 
     def _check_new(self, name: str) -> None:
         check_name(name)
@@ -292,6 +277,7 @@ class VPTModel(PromptedModel):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         **source: Any,
     ) -> VPTModel:
@@ -301,7 +287,7 @@ class VPTModel(PromptedModel):
             model: the backbone that the adapter was trained on, freshly loaded.
             model_id: the adapter's folder or repository on the Hub; or one with an only adapter in a subfolder.
             is_trainable: False: the adapter is frozen, for inference.
-            torch_dtype: precision to keep its tensors in; None: float32.
+            dtype: precision to keep its tensors in; None: float32. ``torch_dtype`` is its older name.
             source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
 
         Raises:
@@ -309,8 +295,9 @@ class VPTModel(PromptedModel):
             UnsupportedModelError, AdapterError, ConfigError: and the model is as it was.
         """
         check_name(adapter_name)
+        dtype = state.storage_dtype(dtype, torch_dtype)
         backbone = free_backbone(model)
-        adapter = checkpoint.load(hub.pull(model_id, **source), backbone, is_trainable, torch_dtype)
+        adapter = checkpoint.load(hub.pull(model_id, **source), backbone, is_trainable, dtype)
         warn_of_change(adapter.config, model)
         vpt = cls.__new__(cls)
         PromptedModel.__init__(vpt)

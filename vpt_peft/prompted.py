@@ -53,6 +53,7 @@ class PromptedModel(AdaptedModel):
             labels: ``(num_images,)`` class numbers, or what the task's loss takes; the output then holds the loss.
             adapter_names: the adapter of each image, ``"__base__"`` for the bare backbone; in one pass. ``logits``
                 are padded with ``-inf`` behind a task's labels; ``num_labels`` says how many labels each row has.
+                Which adapter is active, and :meth:`disable_adapter`, do not matter then.
 
         Raises:
             AdapterError: an argument does not fit the adapters; RouteError: prompts did not reach a layer.
@@ -74,13 +75,16 @@ class PromptedModel(AdaptedModel):
             )
 
         running = self._begin_pass(pixel_values.shape[0], adapter_names)
+        num_labels = None  # counted now: another thread may delete an adapter before its images are answered
+        if adapter_names is not None:
+            num_labels = count_labels(self._adapters, adapter_names, self.base_model.config.num_labels)
         with current.entered(running):
             output = self.base_model(pixel_values, return_dict=True, **kwargs)
         self._check_reached(running)
         if labels is not None:
             output = self._with_loss(output, labels, kwargs)
-        if adapter_names is not None and "logits" in output:
-            output["num_labels"] = count_labels(self._adapters, adapter_names, self.base_model.config.num_labels)
+        if num_labels is not None and "logits" in output:
+            output["num_labels"] = num_labels.to(output.logits.device)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -116,7 +120,7 @@ class PromptedModel(AdaptedModel):
 
     @property
     def _adapters(self) -> dict[str, Adapter]:
-        return dict(self.adapters.items())  # type: ignore[arg-type]
+        return self.adapters._modules  # type: ignore[return-value]
 
     @contextmanager
     def serving(self) -> Iterator[None]:

@@ -53,7 +53,8 @@ class Prompts(nn.Module):
             if config.projection_dim
             else {}
         )
-        self.reset(config.init, patch_size)
+        if device.type != "meta":
+            self.reset(config.init, patch_size)
 
     @torch.no_grad()
     def reset(self, init: str, patch_size: int) -> None:

@@ -9,9 +9,25 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter
-from .errors import CheckpointError
+from .errors import AdapterError, CheckpointError
 
 MAX_LISTED = 1000
+
+
+def storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The precision asked for, by its name in transformers or by the older one.
+
+    Raises:
+        AdapterError: it is none of floating point, or the two names disagree.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise AdapterError(
+            f"dtype and its older name torch_dtype must agree, got {dtype} and {torch_dtype}. Give one of them."
+        )
+    asked = torch_dtype if dtype is None else dtype
+    if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
+        raise AdapterError(f"dtype must be a torch.dtype of floating point, such as torch.bfloat16, got {asked!r}.")
+    return asked
 
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
@@ -56,11 +72,16 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
                 for name, tensor in known.items()
                 if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex()
             ],
-            "not finite (NaN or infinite)": [name for name, tensor in known.items() if not tensor.isfinite().all()],
+            "not finite (NaN or infinite)": [name for name, tensor in known.items() if not _is_finite(tensor)],
         }
     )
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is finite only if all that it adds is, and it is one quick operation; but it may overflow by itself.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
