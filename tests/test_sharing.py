@@ -15,7 +15,15 @@ from tiny import Tiny, assert_same, logits
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vpt_peft import AdapterError, PromptConfig, VPTModel, get_adapter_state_dict, get_vpt_model
+from vpt_peft import (
+    AdapterError,
+    CheckpointError,
+    PromptConfig,
+    VPTModel,
+    get_adapter_state_dict,
+    get_vpt_model,
+    set_adapter_state_dict,
+)
 
 
 @pytest.fixture
@@ -30,12 +38,15 @@ def many(tiny: Tiny) -> VPTModel:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what torch computes while it is entered."""
+    """Notes what torch computes while it is entered: each operation, and the elements of what it works on."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        is_real = bool(args) and isinstance(args[0], torch.Tensor) and not args[0].is_meta
+        self.seen.append((function.overloadpacket.__name__, args[0].numel() if is_real else 0))
         return function(*args, **(kwargs or {}))
 
 
@@ -79,7 +90,7 @@ def test_switching_computes_nothing(many: VPTModel) -> None:
     with Operations() as operations:
         for name in TASKS:
             many.set_adapter(name)
-    assert operations.count == 0
+    assert operations.seen == []
 
 
 # -- loading --------------------------------------------------------------------------------------------------------
@@ -105,6 +116,35 @@ def test_a_thousand_adapters_cost_their_own_bytes_and_go_when_deleted(vit: Tiny,
         vpt.delete_adapter(f"task{number}")
     gc.collect()
     assert not any(reference() for reference in watched)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_loading_never_waits_for_torchs_other_threads(vit: Tiny, tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """On a busy CPU each operation on 2^15 elements or more takes 10 ms and longer."""
+    vpt = vit.prompted()
+    vpt.add_adapter("large", PromptConfig(num_tokens=1500), num_labels=2000)
+    vpt.save_pretrained(tmp_path)
+    views = {"detach", "split", "unsqueeze", "view", "alias"}
+    with Operations() as operations:
+        vpt.load_adapter(tmp_path / "large", "again", dtype=dtype)
+    assert {"copy_", "sum"} <= {name for name, _ in operations.seen}
+    assert max(size for name, size in operations.seen if name not in views) < 2**15
+    assert_same(
+        get_adapter_state_dict(vpt, "again"),
+        {name: tensor.to(dtype) for name, tensor in get_adapter_state_dict(vpt, "large").items()},
+    )
+
+
+def test_values_that_are_finite_but_not_their_sum_are_loaded(vit: Tiny) -> None:
+    vpt = vit.prompted()
+    huge = {name: torch.full_like(tensor, 3e38) for name, tensor in get_adapter_state_dict(vpt).items()}
+    set_adapter_state_dict(vpt, huge)
+    assert_same(get_adapter_state_dict(vpt), huge)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        damaged = {name: tensor.clone() for name, tensor in huge.items()}
+        damaged["prompts.2"][1, 1] = value
+        with pytest.raises(CheckpointError, match=r"not finite \(NaN or infinite\): prompts.2\."):
+            set_adapter_state_dict(vpt, damaged)
 
 
 def test_loading_leaves_backbone_and_other_adapters_bit_identical(tiny: Tiny, many: VPTModel, tmp_path: Path) -> None:

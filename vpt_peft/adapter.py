@@ -108,7 +108,7 @@ class Adapter(nn.Module):
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
-                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype))
         self.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -126,9 +126,16 @@ class Adapter(nn.Module):
         return {name: getattr(self.model_config, name) for name in ("id2label", "label2id", "problem_type")}
 
 
-def clone(module: nn.Module) -> nn.Module:
-    """A deep copy without hooks or doors, which would bring along whatever they hold on to."""
+def clone(module: nn.Module, on_meta: bool = False) -> nn.Module:
+    """A deep copy without hooks or doors, which would bring along whatever they hold on to.
+
+    Args:
+        on_meta: its parameters take no memory, since others will take their place.
+    """
     memo: dict[int, Any] = {}
+    if on_meta:
+        floats = [own for own in module.parameters() if own.is_floating_point()]
+        memo |= {id(own): nn.Parameter(torch.empty_like(own, device="meta")) for own in floats}
     for part in module.modules():
         memo |= {id(part.__dict__[name]): OrderedDict() for name in HOOKS}
         if "forward" in part.__dict__:
@@ -150,7 +157,7 @@ def _own_head(backbone: Backbone, path: str, num_labels: int, device: torch.devi
     """A copy of the model's head; with a new output layer where it has another number of labels."""
     head = backbone.model.get_submodule(path)
     if backbone.head.task_type != "IMAGE_CLASSIFICATION" or num_labels == backbone.model.config.num_labels:
-        return clone(head)
+        return clone(head, on_meta=device.type == "meta")
     if isinstance(head, nn.Linear | nn.Identity):
         return nn.Linear(backbone.num_features, num_labels, device=device)
     raise ConfigError(
