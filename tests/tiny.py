@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForSemanticSegmentation,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 
@@ -19,6 +30,7 @@ SWIN = {
     "image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4,
     "initializer_range": 0.2,
 }  # fmt: skip
+BEIT = {**VIT, "use_shared_relative_position_bias": True, "layer_scale_init_value": 0.5, "use_mask_token": True}
 
 
 @dataclass
@@ -49,7 +61,51 @@ def tiny_swin(**config: object) -> Tiny:
     return Tiny("swin", model, torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 6]))
 
 
-BUILDERS: dict[str, Callable[..., Tiny]] = {"vit": tiny_vit, "swin": tiny_swin}
+def tiny_beit(**config: object) -> Tiny:
+    torch.manual_seed(0)
+    model = BeitForImageClassification(BeitConfig(**{**BEIT, "num_labels": 7, **config})).eval()
+    return Tiny("beit", stirred(model), torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 6]))
+
+
+def tiny_beit_segmenter(**config: object) -> Tiny:
+    torch.manual_seed(0)
+    heads = {
+        "auxiliary_channels": 6,
+        "num_hidden_layers": 5,
+        "initializer_range": 0.1,
+        "out_indices": [2, 3, 4, 5],
+        "pool_scales": [1, 2],
+    }
+    model = BeitForSemanticSegmentation(BeitConfig(**{**BEIT, **heads, "num_labels": 7, **config})).eval()
+    return Tiny("beit_segmenter", stirred(model), torch.randn(4, 3, 32, 32), some_masks(32))
+
+
+def tiny_upernet(**config: object) -> Tiny:
+    torch.manual_seed(0)
+    stages = {"depths": [2, 1, 1], "num_heads": [1, 2, 2], "out_features": ["stage1", "stage2", "stage3"]}
+    heads = {"hidden_size": 12, "auxiliary_channels": 6, "auxiliary_in_channels": 32, "pool_scales": [1, 2]}
+    values = {"backbone_config": SwinConfig(**{**SWIN, **stages}), "initializer_range": 0.1, "num_labels": 7}
+    model = UperNetForSemanticSegmentation(UperNetConfig(**{**values, **heads, **config})).eval()
+    return Tiny("upernet", stirred(model), torch.randn(4, 3, 64, 64), some_masks(64))
+
+
+def some_masks(size: int) -> Tensor:
+    """Masks of the labels 0 to 6 in patches, and 255 for what has none."""
+    labels = torch.randint(0, 8, (4, 8, 8))
+    return labels.masked_fill(labels == 7, 255).repeat_interleave(size // 8, 1).repeat_interleave(size // 8, 2)
+
+
+def stirred(model: PreTrainedModel) -> PreTrainedModel:
+    """What starts as zeros or ones, such as position biases and batch norms' averages, made to count."""
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("bias_table", "lambda_1", "lambda_2", "running_mean", "running_var", "cls_token")):
+                tensor += torch.rand_like(tensor) * 0.5
+    return model
+
+
+BUILDERS: dict[str, Callable[..., Tiny]] = {"vit": tiny_vit, "swin": tiny_swin, "beit": tiny_beit}
+SEGMENTERS: dict[str, Callable[..., Tiny]] = {"beit_segmenter": tiny_beit_segmenter, "upernet": tiny_upernet}
 
 
 def logits(model: torch.nn.Module, pixel_values: Tensor, **kwargs: object) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from .errors import ConfigError
 from .passes import Group
 from .plan import plan_steps
 from .prompts import Prompts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 HOOKS = (
@@ -51,7 +55,7 @@ class Adapter(nn.Module):
         super().__init__()
         device = device or backbone.device
         self.config = config.replace(task_type=_task_type(config, backbone))
-        self.model_type = backbone.architecture.model_type
+        self.model_type = backbone.model_type
         self.widths = backbone.widths
         _check_pooling(config, backbone)
         self.steps = plan_steps(config, len(backbone.layers), config.pooling in ("prompt", "global"))
@@ -71,9 +75,9 @@ class Adapter(nn.Module):
         self._biases = nn.ParameterDict(
             {_key(path): nn.Parameter(bias.detach().clone()) for path, bias in _biases(config, backbone, own).items()}
         )
-        for parameter in self.parameters():
-            if parameter.is_floating_point():  # trained in float32 whatever the backbone's precision, as PEFT does
-                parameter.data = parameter.data.float()
+        for tensor in chain(self.parameters(), self.buffers()):
+            if tensor.is_floating_point():  # trained in float32 whatever the backbone's precision, as PEFT does
+                tensor.data = tensor.data.float()
         self.requires_grad_(True)
 
     @property
@@ -99,6 +103,20 @@ class Adapter(nn.Module):
         """Whether it trains parts of the backbone besides the head."""
         return len(self._copies) > 0 or len(self._biases) > 0
 
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode. Modules of an adapter that does not train stay in eval mode: batch norms would go on
+        averaging, though nothing else of it changes."""
+        super().train(mode)
+        for part in (self._heads, self._copies):
+            part.train(mode and self._trains)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Lets it train, or freezes it."""
+        super().requires_grad_(requires_grad)
+        self._trains = requires_grad
+        return self.train(self.training)
+
     def group(self, rows: tuple[int, ...] | None = None) -> Group:
         """Its images in a batch: all of them, or those with the numbers ``rows``."""
         return Group(self.prompts, self.steps, self.modules_by_path, self.biases_by_path, self.config.pooling, rows)
@@ -109,6 +127,9 @@ class Adapter(nn.Module):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
                     module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype))
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
         self.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -154,15 +175,28 @@ def _copy_config(config: Any) -> Any:
 
 
 def _own_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
-    """A copy of the model's head; with a new output layer where it has another number of labels."""
-    head = backbone.model.get_submodule(path)
-    if backbone.head.task_type != "IMAGE_CLASSIFICATION" or num_labels == backbone.model.config.num_labels:
-        return clone(head, on_meta=device.type == "meta")
-    if isinstance(head, nn.Linear | nn.Identity):
+    """A copy of a module of the model's head; with new output layers where it has another number of labels."""
+    head = clone(backbone.model.get_submodule(path), on_meta=device.type == "meta")
+    if num_labels == backbone.model.config.num_labels:
+        return head
+    for output in backbone.head.label_layers:
+        if output == path:
+            return _new_output(head, output, backbone, num_labels, device)
+        if output.startswith(path + "."):
+            parent, _, name = output.removeprefix(path + ".").rpartition(".")
+            holder = head.get_submodule(parent)
+            setattr(holder, name, _new_output(getattr(holder, name), output, backbone, num_labels, device))
+    return head
+
+
+def _new_output(layer: Any, path: str, backbone: Backbone, num_labels: int, device: torch.device) -> nn.Module:
+    if isinstance(layer, nn.Linear | nn.Identity):
         return nn.Linear(backbone.num_features, num_labels, device=device)
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(layer.in_channels, num_labels, kernel_size=1, device=device)
     raise ConfigError(
-        f"The head at '{path}' must be a linear layer to be replaced by one with {num_labels} labels, "
-        f"got {type(head).__name__}. Load the backbone with num_labels={num_labels}."
+        f"The head at '{path}' must be a linear layer or a convolution to be replaced by one with {num_labels} labels, "
+        f"got {type(layer).__name__}. Load the backbone with num_labels={num_labels}."
     )
 
 
@@ -223,6 +257,8 @@ def _modules_to_save(config: PromptConfig, backbone: Backbone) -> dict[str, nn.M
 
 
 def _check_free(path: str, module: nn.Module, backbone: Backbone) -> nn.Module:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise ConfigError(f"modules_to_save must name modules that are called, got the list '{path}'. Name its parts.")
     inside = {id(part) for part in module.modules()}
     guarded = [backbone.trunk, *backbone.mergings.values()]
     guarded += [part for layer in backbone.layers for part in (layer.module, layer.part("attention"))]

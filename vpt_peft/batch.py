@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .adapter import Adapter
 from .errors import AdapterError
@@ -65,3 +65,13 @@ def begin_pass(adapters: Mapping[str, Adapter], names: Sequence[str], num_images
 def count_labels(adapters: Mapping[str, Adapter], names: Sequence[str], base_labels: int) -> Tensor:
     """How many labels each image's task has, ``(num_images,)``."""
     return torch.tensor([base_labels if name == BASE else adapters[name].num_labels for name in names])
+
+
+def tell_labels(output: Any, num_labels: Tensor) -> None:
+    """Writes into a mixed batch's output how many labels each image's task has, and ``-inf`` into ``logits`` of
+    ``(num_images, most labels, ...)`` behind them."""
+    logits = output["logits"]
+    output["num_labels"] = num_labels.to(logits.device)
+    if num_labels.min() < num_labels.max():
+        behind = torch.arange(logits.shape[1], device=logits.device) >= output["num_labels"][:, None]
+        output["logits"] = logits.masked_fill(behind.view(*behind.shape, *[1] * (logits.ndim - 2)), -torch.inf)

@@ -89,7 +89,7 @@ def _render(adapter: Adapter, model_id: str, training_data: str | None, metrics:
         variant=_variant(config),
         backbone=_backbone(config.base_model_name_or_path),
         num_tokens=config.num_tokens,
-        parameters=f"{sum(tensor.numel() for tensor in tensors):,}",
+        parameters=f"{sum(parameter.numel() for parameter in adapter.parameters()):,}",
         bytes=f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors):,}",
         details=_details(adapter, training_data, metrics),
         code=_code(config, model_id),

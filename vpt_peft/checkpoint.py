@@ -251,10 +251,10 @@ def _parse_config(content: bytes, folder: Path) -> dict[str, Any]:
 
 def _check_fit(saved: Saved, backbone: Backbone) -> None:
     """Raises CheckpointError, naming both, if an adapter was made for another backbone."""
-    if saved.model_type != backbone.architecture.model_type:
+    if saved.model_type != backbone.model_type:
         raise CheckpointError(
             f"The adapter was made for a '{saved.model_type}' backbone, got {type(backbone.model).__name__} "
-            f"('{backbone.architecture.model_type}'). Load the backbone that it was trained on"
+            f"('{backbone.model_type}'). Load the backbone that it was trained on"
             + (f": {saved.config.base_model_name_or_path}." if saved.config.base_model_name_or_path else ".")
         )
     if saved.widths != backbone.widths:

@@ -72,6 +72,6 @@ def _fresh_layers(config: PromptConfig, num_layers: int) -> set[int]:
     if missing:
         raise ConfigError(
             f"layers_to_transform must name layers from 0 to {num_layers - 1}, got {shown(missing)}. "
-            f"The backbone has {num_layers} layers."
+            f"The backbone has {num_layers} layers whose results are read."
         )
     return set(config.layers_to_transform)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .backbones import Backbone
-from .batch import begin_pass, count_labels
+from .batch import begin_pass, count_labels, tell_labels
 from .errors import AdapterError, RouteError
 from .passes import Pass, current
 from .pretrained import AdaptedModel
@@ -50,7 +50,8 @@ class PromptedModel(AdaptedModel):
 
         Args:
             pixel_values: ``(num_images, num_channels, height, width)``, as the backbone's image processor makes them.
-            labels: ``(num_images,)`` class numbers, or what the task's loss takes; the output then holds the loss.
+            labels: ``(num_images,)`` class numbers, ``(num_images, height, width)`` for segmentation, or what the
+                task's loss takes; the output then holds the loss.
             adapter_names: the adapter of each image, ``"__base__"`` for the bare backbone; in one pass. ``logits``
                 are padded with ``-inf`` behind a task's labels; ``num_labels`` says how many labels each row has.
                 Which adapter is active, and :meth:`disable_adapter`, do not matter then.
@@ -74,6 +75,9 @@ class PromptedModel(AdaptedModel):
                 "labels cannot be given with adapter_names: tasks differ in labels. Train one at a time."
             )
 
+        head = self._backbone.head
+        if labels is not None and head.own_loss:
+            kwargs["labels"] = self._checked_labels(labels)
         running = self._begin_pass(pixel_values.shape[0], adapter_names)
         num_labels = None  # counted now: another thread may delete an adapter before its images are answered
         if adapter_names is not None:
@@ -81,10 +85,10 @@ class PromptedModel(AdaptedModel):
         with current.entered(running):
             output = self.base_model(pixel_values, return_dict=True, **kwargs)
         self._check_reached(running)
-        if labels is not None:
+        if labels is not None and not head.own_loss:
             output = self._with_loss(output, labels, kwargs)
-        if num_labels is not None and "logits" in output:
-            output["num_labels"] = num_labels.to(output.logits.device)
+        if num_labels is not None and head.label_layers:
+            tell_labels(output, num_labels)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -103,6 +107,16 @@ class PromptedModel(AdaptedModel):
                 f"Prompts must reach {expected} layers, but reached {running.num_reached}: the backbone skipped some, "
                 "or its layers were replaced after the adapter was attached. Unload and attach it again."
             )
+
+    def _checked_labels(self, labels: Tensor) -> Tensor:
+        """Labels for a loss that the backbone computes itself, with a look at its own number of labels."""
+        counts = (self.base_model.config.num_labels, self._active.num_labels)
+        if self._backbone.head.label_layers and 1 in counts:
+            raise AdapterError(
+                f"The loss of {type(self.base_model).__name__} needs two labels or more, got {counts[0]} in the "
+                f"backbone's config and {counts[1]} in the adapter's. Load the backbone with more, or leave labels out."
+            )
+        return labels
 
     def _with_loss(self, output: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
         """The backbone's own loss function, told of the adapter's labels instead of the backbone's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class HeadDoor(Door):
         if group.pooling != "default":
             features = pool_tokens(running, group, self.backbone)
         else:
-            features = group.select(features) if group.rows is not None else features
+            features = each_tensor(group.select, features) if group.rows is not None else features
         if self.path in group.modules:
             return call_in_own_precision(group.modules[self.path], features, *args, **kwargs)
         return self.forward(features, *args, **kwargs)
@@ -75,22 +75,35 @@ def pool_tokens(running: Pass, group: Group, backbone: Backbone) -> Tensor:
     final norm and without ``[CLS]``, ``(images of the group, width)``."""
     assert running.last_hidden_state is not None  # the trunk has just run
     image = group.select(running.last_hidden_state)[:, backbone.architecture.num_prefix_tokens :]
+    norm = backbone.pooled_norm or nn.Identity()
     if group.pooling == "image":
-        return image.mean(1)
+        return norm(image.mean(1))
     assert group.tokens is not None  # the plan makes sure of it
     prompts = backbone.final_norm(group.tokens)
     if group.pooling == "prompt":
-        return prompts.mean(1)
-    return torch.cat([image, prompts], dim=1).mean(1)
+        return norm(prompts.mean(1))
+    return norm(torch.cat([image, prompts], dim=1).mean(1))
 
 
-def in_rows(outputs: Sequence[Tensor], running: Pass) -> Tensor:
-    """Logits of all groups in the batch's order, ``(num_images, most labels)``, with ``-inf`` behind a task's own."""
+def in_rows(outputs: Sequence[Any], running: Pass) -> Any:
+    """What the groups' heads gave, in the batch's order: ``(num_images, most labels, ...)``, padded with zeros behind
+    a task's own labels, or a tuple of such. Zeros, since segmentation models still interpolate what they get."""
+    if not isinstance(outputs[0], Tensor):
+        return tuple(in_rows(parts, running) for parts in zip(*outputs, strict=True))
     width = max(output.shape[1] for output in outputs)
-    padded = [nn.functional.pad(output, (0, width - output.shape[1]), value=-torch.inf) for output in outputs]
+    padded = [
+        nn.functional.pad(output, (*(0, 0) * (output.ndim - 2), 0, width - output.shape[1])) for output in outputs
+    ]
     order = [row for group in running.groups for row in group.rows or ()]
     positions = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat(padded)[positions]
+
+
+def each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Applies a function to a tensor, or to each in a list or tuple of feature maps."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return [each_tensor(function, one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def call_in_own_precision(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -99,10 +112,10 @@ def call_in_own_precision(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if parameter is None or not parameter.is_floating_point():
         return module(*args, **kwargs)
 
-    def like(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    def like(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
             return value
         autocast = torch.is_autocast_enabled(value.device.type)
         return value.to(parameter.device, value.dtype if autocast else parameter.dtype)
 
-    return module(*map(like, args), **kwargs)
+    return module(*(each_tensor(like, value) for value in args), **kwargs)
