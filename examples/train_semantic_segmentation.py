@@ -1,0 +1,265 @@
+"""Tune a vision transformer to semantic segmentation by its decode head alone, prompts, or in full, and compare.
+
+    python examples/train_semantic_segmentation.py                     # digits in scenes, nothing to download
+    python examples/train_semantic_segmentation.py --model microsoft/swin-tiny-patch4-window7-224 --data my-scenes
+
+``my-scenes`` holds ``train/images``, ``train/masks``, ``test/images`` and ``test/masks`` (or ``images/train`` and so
+on); a mask has its image's name, one channel, and labels as values; ``labels.txt`` may name them, one a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from segmentation import DataError, Scores, SegmentationSet, digit_scenes, load_folder, picture, score
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSemanticSegmentation,
+    SwinBackbone,
+    SwinConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+
+from vpt_peft import PromptConfig, VPTError, VPTModel, get_vpt_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OLD, NEW = range(5), range(5, 10)  # digits to pretrain on and to tune to
+METHODS = {
+    "linear": ("Decode head only", PromptConfig(num_tokens=0)),
+    "vpt-shallow": ("VPT-Shallow", PromptConfig(num_tokens=10, deep=False)),
+    "vpt-deep": ("VPT-Deep", PromptConfig(num_tokens=10)),
+    "full": ("Full fine-tuning", None),
+}
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method reached, its trained parameters, bytes of the saved folder, and seconds of training."""
+
+    scores: Scores
+    parameters: int
+    size: int
+    seconds: float
+    predictions: Tensor
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains and asks models on images normalised by ``mean`` and ``std``."""
+
+    batch_size: int
+    seed: int
+    flip: bool = False
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((images / 255 - mean) / std).to(DEVICE)
+
+    def train(
+        self, model: nn.Module, data: SegmentationSet, epochs: int, rates: tuple[float, float], name: str
+    ) -> float:
+        """Trains what requires gradients, by AdamW and a cosine. Returns the seconds that it took.
+
+        Args:
+            rates: learning rates of an adapter's prompts, or of a whole model; and of an adapter's head.
+        """
+        adapter = model.adapters[model.active_adapter].tensors() if isinstance(model, VPTModel) else {}
+        head = {tensor for key, tensor in adapter.items() if key.startswith("head.") and tensor.requires_grad}
+        rest = [tensor for tensor in model.parameters() if tensor.requires_grad and tensor not in head]
+        groups = [{"params": rest, "lr": rates[0]}, {"params": list(head), "lr": rates[1]}]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
+        steps = epochs * math.ceil(len(data) / self.batch_size)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+        generator, start = torch.Generator().manual_seed(self.seed), time.perf_counter()
+        model.train()
+        with tqdm(total=steps, desc=name, unit="step") as bar:
+            for _ in range(epochs):
+                for indices in torch.randperm(len(data), generator=generator).split(self.batch_size):
+                    bar.update()
+                    if len(indices) == 1 < len(data):  # batch norm over one value is none
+                        continue
+                    images, masks = data.images[indices], data.masks[indices]
+                    if self.flip and torch.rand((), generator=generator) < 0.5:
+                        images, masks = images.flip(-1), masks.flip(-1)
+                    loss = model(pixel_values=self.pixel_values(images), labels=masks.to(DEVICE)).loss
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def predict(self, model: nn.Module, reloaded: nn.Module, data: SegmentationSet) -> Tensor:
+        """The label with the largest logit at each pixel of the masks. A model must give what it gives reloaded."""
+        model.eval(), reloaded.eval()
+        found = []
+        for images, masks in zip(data.images.split(self.batch_size), data.masks.split(self.batch_size), strict=True):
+            logits, again = (one(pixel_values=self.pixel_values(images)).logits for one in (model, reloaded))
+            if not torch.equal(logits, again):
+                sys.exit("A reloaded model must give the same logits to the last bit, but does not.")
+            found.append(nn.functional.interpolate(logits, masks.shape[-2:], mode="bilinear").argmax(1).cpu())
+        return torch.cat(found)
+
+
+def upernet(swin: str | SwinConfig, label_names: Sequence[str], width: int) -> Any:
+    """UperNet with a new decode head on a Swin, which is a checkpoint or, given its config, random."""
+    config = SwinConfig.from_pretrained(swin) if isinstance(swin, str) else swin
+    config.out_features = [f"stage{stage + 1}" for stage in range(len(config.depths))]
+    model = UperNetForSemanticSegmentation(
+        UperNetConfig(backbone_config=config, hidden_size=width, auxiliary_channels=width, **_labels(label_names))
+    )
+    if isinstance(swin, str):
+        model.backbone = SwinBackbone.from_pretrained(swin, config=config, dtype=torch.float32)
+    return model
+
+
+def _labels(names: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path, Trainer]:
+    """Saves a backbone with a new decode head for these labels. Returns its folder, and what it takes to train it."""
+    folder = args.output / "backbone"
+    torch.manual_seed(args.seed)
+    trainer = Trainer(args.batch_size, args.seed, args.flip)
+    if args.model is None:
+        print("1. Pretraining a small UperNet on scenes with the digits 0 to 4, and throwing its decode head away.")
+        old = digit_scenes(OLD, args.pretraining_images, args.seed)
+        swin = SwinConfig(image_size=64, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=4,
+                          mlp_ratio=2, drop_path_rate=0.0)  # fmt: skip
+        whole = upernet(swin, old.label_names, width=32).to(DEVICE)
+        trainer.train(whole, old, args.pretraining_epochs, (1e-3, 1e-3), "Pretraining")
+        model = upernet(swin, label_names, width=32)
+        model.backbone = whole.backbone
+    else:
+        print(f"1. Loading {args.model}.")
+        settings: dict[str, Any] = {}
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(args.model)
+        except (OSError, ValueError):
+            print("   It comes without an image processor: images are normalised by 0.5 and 0.5.")
+        mean, std = (tuple(settings.get(name, HALF)) for name in ("image_mean", "image_std"))
+        trainer = Trainer(args.batch_size, args.seed, args.flip, mean, std)
+        if AutoConfig.from_pretrained(args.model).model_type == "swin":
+            model = upernet(args.model, label_names, width=256)
+        else:
+            model = AutoModelForSemanticSegmentation.from_pretrained(
+                args.model, ignore_mismatched_sizes=True, dtype=torch.float32, **_labels(label_names)
+            )
+    model.save_pretrained(folder)
+    return folder, trainer
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+
+
+def tune(
+    backbone: Path, method: str, data: tuple[SegmentationSet, SegmentationSet], trainer: Trainer, args: Any
+) -> Result:
+    """Tunes a fresh copy of the backbone by one method, saves what was trained, reloads that, and tests it."""
+    title, config = METHODS[method]
+    torch.manual_seed(args.seed)
+    tuned = load(backbone) if config is None else get_vpt_model(load(backbone), config)
+    rates = (args.full_rate, args.full_rate) if config is None else (args.prompt_rate, args.head_rate)
+    seconds = trainer.train(tuned, data[0], args.epochs, rates, title)
+    parameters = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+    folder = args.output / method
+    tuned.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    reloaded = load(folder) if config is None else VPTModel.from_pretrained(load(backbone), folder)
+    predictions = trainer.predict(tuned, reloaded, data[1])
+    return Result(score(predictions, data[1].masks, len(data[1].label_names)), parameters, size, seconds, predictions)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def show(results: dict[str, Result], label_names: Sequence[str]) -> None:
+    """Prints what each method reached and cost, and its IoU for each label."""
+    rows = [("Method", "Mean IoU", "Pixel accuracy", "Trained parameters", "Bytes on disk", "Seconds")]
+    for method, one in results.items():
+        rows.append((
+            METHODS[method][0], f"{100 * one.scores.mean_iou:.1f} %", f"{100 * one.scores.pixel_accuracy:.1f} %",
+            f"{one.parameters:,}", f"{one.size:,}", f"{one.seconds:.0f}",
+        ))  # fmt: skip
+    each = [("IoU, %", *(METHODS[method][0] for method in results))]
+    for label, name in enumerate(label_names):
+        found = [100 * one.scores.iou[label] for one in results.values()]
+        each.append((name, *("-" if math.isnan(value) else f"{value:.1f}" for value in found)))
+    print(f"\n{table(rows)}\n\n{table(each)}\n")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--model", help="a Swin, BEiT or UperNet checkpoint, by name or folder (default: a small one, pretrained here)")
+    add("--data", type=Path, help="a folder with images and masks (default: scenes with digits)")
+    add("--ignore-index", type=int, default=255, help="the masks' value for pixels without label (default: 255)")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="to bring all images to (default: the first's)")
+    add("--method", nargs="+", choices=METHODS, default=["linear", "vpt-shallow", "vpt-deep"], help="one or several")
+    add("--flip", action="store_true", help="mirror half of the batches; only where mirrored images keep their labels")
+    add("--epochs", type=int, default=15, help="default: %(default)s")
+    add("--batch-size", type=int, default=8, help="default: %(default)s")
+    add("--head-rate", type=float, default=3e-3, help="learning rate of decode heads (default: %(default)s)")
+    add("--prompt-rate", type=float, default=3e-3, help="learning rate of prompts (default: %(default)s)")
+    add("--full-rate", type=float, default=3e-4, help="learning rate of full fine-tuning (default: %(default)s)")
+    add("--pretraining-epochs", type=int, default=10, help="default: %(default)s")
+    add("--pretraining-images", type=int, default=400, help="default: %(default)s")
+    add("--images", type=int, default=100, help="digit scenes to train on, and as many to test on (default: 100)")
+    add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
+    add("--output", type=Path, default=Path("runs", "segmentation"), help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+    """Runs the example."""
+    args = arguments(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if args.data is None:
+            data = digit_scenes(NEW, args.images, args.seed + 1), digit_scenes(NEW, args.images, args.seed + 2)
+        else:
+            data = load_folder(args.data, args.ignore_index, tuple(args.size) if args.size else None)
+        backbone, trainer = prepare(args, data[0].label_names)
+        print(f"2. Tuning it: {len(data[0])} images to train on, {len(data[1])} to test on, {args.epochs} epochs.")
+        results = {method: tune(backbone, method, data, trainer, args) for method in args.method}
+    except (DataError, VPTError, OSError) as error:
+        sys.exit(str(error))
+    show(results, data[0].label_names)
+    best = max(results, key=lambda method: results[method].scores.mean_iou)
+    rows = torch.linspace(0, len(data[1]) - 1, min(6, len(data[1]))).long()
+    shown = [tensor[rows] for tensor in (data[1].images, data[1].masks, results[best].predictions)]
+    picture(shown[0], shown[1], shown[2], len(data[0].label_names)).save(args.output / "predictions.png")
+    print(f"3. All are saved in {args.output}; reloaded, each gives the same logits, identical to the last bit.")
+    print(f"   predictions.png shows images, masks and predictions of the best: {METHODS[best][0]}.")
+    return results
+
+
+if __name__ == "__main__":
+    main()

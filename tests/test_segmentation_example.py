@@ -1,0 +1,137 @@
+"""The segmentation example, in a setting of seconds, and how it scores."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_beit_segmenter
+from transformers import SwinConfig, SwinForImageClassification
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import segmentation
+import train_semantic_segmentation as example
+
+from vpt_peft import AutoVPTModelForSemanticSegmentation
+
+VOID = segmentation.VOID
+QUICK = ["--epochs", "1", "--batch-size", "2"]
+
+
+def make_scenes(folder: Path, *, split_first: bool = True, size: int = 32, number: int = 3) -> Path:
+    """A folder of images, the left half of label 0 and dark, the right half of label 2, with rows of label 11."""
+    for split in ("train", "test"):
+        for kind in ("images", "masks"):
+            inner = folder / split / kind if split_first else folder / kind / split
+            inner.mkdir(parents=True)
+            for index in range(number):
+                pixels = np.zeros((size, size), dtype=np.uint8)
+                pixels[:, size // 2 :] = 2 if kind == "masks" else 200 + index
+                pixels[:4] = 11 if kind == "masks" else 100
+                Image.fromarray(pixels).save(inner / f"{index}.png")
+    return folder
+
+
+def test_scores_agree_with_a_case_computed_by_hand() -> None:
+    masks = torch.tensor([[[0, 0, 0, VOID], [1, 1, 2, VOID]]])
+    predictions = torch.tensor([[[0, 0, 1, 2], [1, 0, 2, 4]]])
+    scores = segmentation.score(predictions, masks, num_labels=5)
+    # label 0: 2 of {3 in masks + 1 elsewhere}; 1: 1 of {2 + 1}; 2: 1 of 1; 3 and 4: in neither where masks count
+    assert scores.iou[:3] == (2 / 4, 1 / 3, 1.0) and all(math.isnan(value) for value in scores.iou[3:])
+    assert scores.mean_iou == pytest.approx((1 / 2 + 1 / 3 + 1) / 3) and scores.pixel_accuracy == pytest.approx(4 / 6)
+
+
+def test_a_label_that_is_only_predicted_counts_as_wrong() -> None:
+    scores = segmentation.score(torch.tensor([0, 1]), torch.tensor([0, 0]), num_labels=3)
+    assert scores.iou[:2] == (0.5, 0.0) and scores.mean_iou == 0.25
+
+
+@pytest.mark.parametrize("split_first", [True, False])
+def test_a_folder_is_read_with_void_and_at_another_size(tmp_path: Path, split_first: bool) -> None:
+    folder = make_scenes(tmp_path, split_first=split_first)
+    (folder / "labels.txt").write_text("road\ncar\nsky\n")
+    train, test = segmentation.load_folder(folder, 11, (16, 8))
+    assert train.images.shape == (3, 3, 16, 8) and test.masks.shape == (3, 16, 8)
+    assert train.label_names == ("road", "car", "sky") and train.masks.unique().tolist() == [0, 2, VOID]
+    train, _ = segmentation.load_folder(folder, 11, None)
+    assert train.masks.shape == (3, 32, 32) and (train.masks[:, :4] == VOID).all()
+
+
+def test_what_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(segmentation.DataError, match="found neither"):
+        segmentation.load_folder(tmp_path, VOID, None)
+    folder = make_scenes(tmp_path)
+    (folder / "labels.txt").write_text("road\n")
+    with pytest.raises(segmentation.DataError, match="must name 3 labels, one a line, got 1"):
+        segmentation.load_folder(folder, 11, None)
+    Image.new("RGB", (32, 32)).save(folder / "train" / "masks" / "0.png")
+    with pytest.raises(segmentation.DataError, match=r"one channel .* got mode RGB"):
+        segmentation.load_folder(folder, 11, None)
+    (folder / "train" / "masks" / "0.png").unlink()
+    with pytest.raises(segmentation.DataError, match="3 images and 2 masks; without the other: 0"):
+        segmentation.load_folder(folder, 11, None)
+
+
+def test_digit_scenes_are_the_same_for_a_seed() -> None:
+    scenes, again, others = (segmentation.digit_scenes(range(5, 10), 6, seed) for seed in (1, 1, 2))
+    assert torch.equal(scenes.images, again.images) and torch.equal(scenes.masks, again.masks)
+    assert not torch.equal(scenes.masks, others.masks)
+    assert scenes.masks.unique().tolist() == [0, 1, 2, 3, 4, 5, VOID]
+    assert scenes.label_names == ("background", "5", "6", "7", "8", "9")
+
+
+def test_the_picture_shows_images_masks_and_predictions() -> None:
+    images = torch.full((2, 3, 4, 6), 7, dtype=torch.uint8)
+    masks = torch.tensor([0, VOID]).view(2, 1, 1).expand(2, 4, 6)
+    picture = np.array(segmentation.picture(images, masks, torch.ones(2, 4, 6, dtype=torch.long), 2, scale=1))
+    assert picture.shape == (8, 18, 3)
+    assert (picture[:, :6] == 7).all() and (picture[4:, 6:12] == 0).all()
+    assert (picture[0, 6] != picture[0, 12]).any() and (picture[0, 12] == picture[7, 17]).all()
+
+
+def test_the_example_runs_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--images", "4", "--pretraining-images", "4", "--pretraining-epochs", "1"]
+    methods = ["linear", "vpt-shallow", "vpt-deep", "full"]
+    results = example.main([*QUICK, *small, "--output", str(tmp_path), "--method", *methods])
+    said = capsys.readouterr().out
+    assert list(results) == methods and "identical to the last bit" in said and "| VPT-Deep " in said
+    assert results["linear"].parameters < results["vpt-shallow"].parameters < results["vpt-deep"].parameters
+    assert results["vpt-deep"].parameters < results["full"].parameters
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert picture.size == (3 * 64 * 2, 4 * 64 * 2)
+    found = AutoVPTModelForSemanticSegmentation.from_pretrained(tmp_path / "vpt-deep")
+    assert found.config.id2label[1] == "5"
+
+
+def test_the_example_takes_a_swin_classifier_and_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    swin = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 1, 1]}
+    classifier = SwinForImageClassification(SwinConfig(**swin, window_size=4))
+    classifier.save_pretrained(tmp_path / "swin")
+    scenes = make_scenes(tmp_path / "scenes")
+    output = ["--output", str(tmp_path / "runs")]
+    model = ["--model", str(tmp_path / "swin"), "--data", str(scenes), "--ignore-index", "11", "--method", "vpt-deep"]
+    (result,) = example.main([*QUICK, *model, *output]).values()
+    assert len(result.scores.iou) == 3 and "normalised by 0.5" in capsys.readouterr().out
+    model = example.load(tmp_path / "runs" / "backbone")
+    theirs, ours = classifier.swin.state_dict(), model.backbone.swin.state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_the_example_takes_a_beit(tmp_path: Path) -> None:
+    tiny_beit_segmenter().model.save_pretrained(tmp_path / "beit")
+    scenes = make_scenes(tmp_path / "scenes")
+    folders = ["--model", str(tmp_path / "beit"), "--data", str(scenes), "--output", str(tmp_path / "runs")]
+    results = example.main([*QUICK, *folders, "--ignore-index", "11", "--method", "linear", "vpt-shallow"])
+    assert list(results) == ["linear", "vpt-shallow"]
+
+
+def test_wrong_data_ends_the_example_with_a_message(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="found neither"):
+        example.main(["--data", str(tmp_path), "--output", str(tmp_path / "runs")])
