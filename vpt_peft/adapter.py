@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone
 from .config import PromptConfig
+from .dense import dense, is_quantized
 from .errors import ConfigError
 from .passes import Group
 from .plan import plan_steps
@@ -70,7 +71,7 @@ class Adapter(nn.Module):
         for path in backbone.head.paths:
             self._heads[_key(path)] = _own_head(backbone, path, self.model_config.num_labels, device)
         saved = _modules_to_save(config, backbone)
-        self._copies = nn.ModuleDict({_key(path): clone(module) for path, module in saved.items()})
+        self._copies = nn.ModuleDict({_key(path): dense(clone(module), path) for path, module in saved.items()})
         own = (*backbone.head.paths, *saved)
         self._biases = nn.ParameterDict(
             {_key(path): nn.Parameter(bias.detach().clone()) for path, bias in _biases(config, backbone, own).items()}
@@ -155,8 +156,8 @@ def clone(module: nn.Module, on_meta: bool = False) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     if on_meta:
-        floats = [own for own in module.parameters() if own.is_floating_point()]
-        memo |= {id(own): nn.Parameter(torch.empty_like(own, device="meta")) for own in floats}
+        plain = [own for part in module.modules() if not is_quantized(part) for own in part.parameters(recurse=False)]
+        memo |= {id(own): nn.Parameter(torch.empty_like(own, device="meta")) for own in plain}
     for part in module.modules():
         memo |= {id(part.__dict__[name]): OrderedDict() for name in HOOKS}
         if "forward" in part.__dict__:
@@ -176,7 +177,8 @@ def _copy_config(config: Any) -> Any:
 
 def _own_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
     """A copy of a module of the model's head; with new output layers where it has another number of labels."""
-    head = clone(backbone.model.get_submodule(path), on_meta=device.type == "meta")
+    on_meta = device.type == "meta"
+    head = dense(clone(backbone.model.get_submodule(path), on_meta), path, on_meta)
     if num_labels == backbone.model.config.num_labels:
         return head
     for output in backbone.head.label_layers:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from . import state
 from .adapter import Adapter
 from .backbones import Backbone
+from .dense import is_quantized
 from .errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ class AdaptedModel(PreTrainedModel):
         """Sets the adapters' mode. The frozen backbone stays in eval mode: no dropout, no stochastic depth."""
         nn.Module.train(self, mode)
         self.base_model.eval()
+        for module in self.base_model.modules():
+            if is_quantized(module):  # in eval mode some pack their weights for inference, and give no gradients then
+                module.training = True
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
