@@ -64,6 +64,7 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
             finite.
     """
     own = state_dict(adapter)
+    _check_tensors(tensors)
     known = {name: tensor for name, tensor in tensors.items() if name in own}
     refuse(
         misfits(shapes_of(own), shapes_of(tensors))
@@ -74,6 +75,11 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
                 if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex()
             ],
             "not finite (NaN or infinite)": [name for name, tensor in known.items() if not _is_finite(tensor)],
+            "too large": [
+                f"{name} for {own[name].dtype}"
+                for name, tensor in known.items()
+                if _is_finite(tensor) and not _is_finite(tensor, own[name].dtype)
+            ],
         }
     )
     for name, tensor in tensors.items():
@@ -81,9 +87,11 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
             part.copy_(given)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether its values are finite, and stay so in another precision."""
     # A sum is finite only if all that it adds is, and it is one quick operation; but it may overflow by itself.
-    return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in _pieces(tensor))
+    pieces = (part.to(dtype or part.dtype) for part in _pieces(tensor))
+    return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in pieces)
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +102,24 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     rows = tensor.unsqueeze(0) if tensor.ndim == 0 else tensor
     size = rows.numel() // max(1, rows.shape[0])
     return rows.split(max(1, MAX_ALONE // max(1, size)))
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for what is no state dict, or holds what cannot be copied from."""
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"Expected a state dict, a dict of tensors by name, got {type(tensors).__name__}.")
+    others = {
+        "no dense tensors with data": [
+            f"{name}: {type(tensor).__name__}" for name, tensor in tensors.items() if not _is_dense(tensor)
+        ]
+    }
+    refuse(others)
+
+
+def _is_dense(tensor: object) -> bool:
+    if not isinstance(tensor, Tensor):
+        return False
+    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,232 @@
+"""Mutated adapters: each is refused with a VPTError and nothing changed, or is exactly the model that its files say.
+
+``VPT_FUZZ_EXAMPLES=5000 pytest tests/test_fuzz.py`` tries other mutations, and more of them, than the suite does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mutations
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_invariants import assert_unchanged, snapshot
+from tiny import Tiny, assert_same, logits, tiny_swin, tiny_vit
+
+from vpt_peft import PromptConfig, VPTError, VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
+
+EXAMPLES = int(os.environ.get("VPT_FUZZ_EXAMPLES", "150"))
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_MESSAGE = 50_000  # a message must not be as long as what a stranger's file says
+FIELDS = set(PromptConfig().to_dict()) - {"inference_mode", "task_type"}  # loading sets these two
+BUILDS: list[tuple[Callable[..., Tiny], dict[str, Any]]] = [
+    (tiny_vit, {"num_tokens": 2}),
+    (tiny_vit, {"num_tokens": 3, "deep": False, "pooling": "global", "dropout": 0.1, "init": "normal"}),
+    (tiny_vit, {"num_tokens": 2, "layers_to_transform": [1, 3], "carry": False, "projection_dim": 4, "shared": True}),
+    (tiny_vit, {"num_tokens": 0, "bias": "all", "modules_to_save": ["vit.layernorm"]}),
+    (tiny_swin, {"num_tokens": 2, "projection_dim": 3}),
+]
+
+
+@dataclass
+class Good:
+    """A good adapter: its files, with and without a seal, the model that it belongs to, and what both answer."""
+
+    tiny: Tiny
+    config: bytes
+    sealed: bytes
+    unsealed: bytes
+    state: dict[str, torch.Tensor]
+    answer: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def goods(tmp_path_factory: pytest.TempPathFactory) -> list[Good]:
+    made = []
+    for build, config in BUILDS:
+        tiny, folder = build(), tmp_path_factory.mktemp("good")
+        vpt = tiny.prompted(**config)
+        vpt.save_pretrained(folder)
+        state = {name: tensor.clone() for name, tensor in get_adapter_state_dict(vpt).items()}
+        files = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes(), safetensors.torch.save(state)
+        made.append(Good(tiny, *files, state, logits(vpt, tiny.pixel_values)))
+        vpt.unload()
+    return made
+
+
+def fuzz(check: Callable[..., str], *drawn: st.SearchStrategy[Any]) -> Counter[str]:
+    """Runs a check for many draws, and counts what it found; the suite's draws are always the same ones."""
+    found: Counter[str] = Counter()
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, database=None, derandomize="VPT_FUZZ_EXAMPLES" not in os.environ,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.tuples(*drawn))
+    def run(values: tuple[Any, ...]) -> None:
+        found[check(*values)] += 1
+
+    run()
+    print(dict(found))
+    assert min(found.values()) > EXAMPLES // 30, found  # neither is all refused nor all taken
+    return found
+
+
+@st.composite
+def folders(draw: mutations.Draw) -> tuple[int, bytes, bytes] | Any:
+    """The number of a good adapter and a way to change its two files; drawn in two steps, since files are big."""
+    number, is_sealed = draw(st.integers(0, len(BUILDS) - 1)), draw(st.booleans())
+    kinds = ["config", "config", "header", "header", "tensors", "bytes of config", "bytes of weights", "both"]
+    return number, is_sealed, draw(st.sampled_from(kinds)), draw(st.data())
+
+
+def mutate(good: Good, is_sealed: bool, kind: str, data: Any) -> tuple[bytes, bytes]:
+    config, weights = good.config, good.sealed if is_sealed else good.unsealed
+    if kind in ("config", "both"):
+        config = mutations.configs(data.draw, config)
+    if kind == "bytes of config":
+        config = mutations.damaged(data.draw, config)
+    if kind in ("header", "both"):
+        weights = mutations.headers(data.draw, weights)
+    if kind == "tensors":
+        weights = mutations.retensored(data.draw, weights)
+    if kind == "bytes of weights":
+        weights = mutations.damaged(data.draw, weights)
+    return config, weights
+
+
+@contextmanager
+def refusals() -> Iterator[list[str]]:
+    """Collects the VPTError that came, if one did; any other error goes on, and so does a warning of ours."""
+    came: list[str] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        try:
+            yield came
+        except VPTError as error:
+            assert len(str(error)) < MAX_MESSAGE, f"{len(str(error)):,} characters"
+            came.append(str(error))
+
+
+def check_says(vpt: VPTModel, good: Good, config: bytes, weights: bytes) -> None:
+    """Asserts that a model is what an independent reading of two files says; and, if sealed, the one that was saved."""
+    said = json.loads(config)
+    defaults = PromptConfig().to_dict()
+    loaded = vpt.active_config.to_dict()
+    assert {name: loaded[name] for name in FIELDS} == {name: said.get(name, defaults[name]) for name in FIELDS}
+    assert said.keys() <= loaded.keys() | {
+        "id2label",
+        "label2id",
+        "problem_type",
+        "model_type",
+        "widths",
+        "vpt_peft_version",
+    }
+    labels = vpt.adapters[vpt.active_adapter].labels()
+    assert {str(number): name for number, name in labels["id2label"].items()} == said["id2label"]
+    assert (labels["label2id"], labels["problem_type"]) == (said["label2id"], said["problem_type"])
+
+    tensors = {name: tensor.to(torch.float32) for name, tensor in safetensors.torch.load(weights).items()}
+    state = get_adapter_state_dict(vpt)
+    assert_same(state, tensors)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    answer = logits(vpt, good.tiny.pixel_values)
+    if b"vpt_seal" in weights:
+        assert_same(state, good.state)
+        assert torch.equal(answer, good.answer)
+    vpt.add_adapter("said", PromptConfig.from_dict({name: said[name] for name in FIELDS if name in said}), **labels)
+    with torch.no_grad():
+        for name, tensor in vpt.adapters["said"].tensors().items():
+            tensor.copy_(tensors[name])
+    vpt.set_adapter("said")
+    assert torch.equal(answer, logits(vpt, good.tiny.pixel_values))
+
+
+def test_a_mutated_folder_is_refused_or_is_the_model_that_its_files_say(goods: list[Good], tmp_path: Path) -> None:
+    before = [snapshot(good.tiny.model) for good in goods]
+
+    def check(drawn: Any) -> str:
+        number, is_sealed, kind, data = drawn
+        good = goods[number]
+        config, weights = mutate(good, is_sealed, kind, data)
+        (tmp_path / CONFIG).write_bytes(config)
+        (tmp_path / WEIGHTS).write_bytes(weights)
+        with refusals() as came:
+            vpt = VPTModel.from_pretrained(good.tiny.model, tmp_path)
+        if not came:
+            check_says(vpt, good, config, weights)
+            vpt.unload()
+        assert_unchanged(before[number], snapshot(good.tiny.model))
+        return "refused" if came else "loaded"
+
+    fuzz(check, folders())
+
+
+def test_a_mutated_folder_loaded_onto_an_adapter_is_refused_or_taken_whole(goods: list[Good], tmp_path: Path) -> None:
+    models = []
+    for good in goods:
+        values = {name: value for name, value in json.loads(good.config).items() if name in FIELDS}
+        models.append(get_vpt_model(good.tiny.model, PromptConfig.from_dict(values)).eval())
+
+    def check(drawn: Any) -> str:
+        number, is_sealed, kind, data = drawn
+        good, vpt = goods[number], models[number]
+        config, weights = mutate(good, is_sealed, kind, data)
+        (tmp_path / CONFIG).write_bytes(config)
+        (tmp_path / WEIGHTS).write_bytes(weights)
+        before = {name: tensor.clone() for name, tensor in get_adapter_state_dict(vpt).items()}
+        described = vpt.active_config, vpt.adapters["default"].labels()
+        with refusals() as came:
+            vpt.load_adapter(tmp_path, "default")
+        read = {} if came else safetensors.torch.load(weights)
+        after = before if came else {name: tensor.to(torch.float32) for name, tensor in read.items()}
+        assert_same(get_adapter_state_dict(vpt), after)
+        assert (vpt.active_config, vpt.adapters["default"].labels()) == described and list(vpt.adapters) == ["default"]
+        with refusals() as also:
+            vpt.load_adapter(tmp_path, "other")
+        assert ("other" in vpt.adapters) is not bool(also)
+        assert vpt.active_adapter == "default" and (came or not also)
+        if not also:
+            vpt.delete_adapter("other")
+        return "refused" if came else "loaded"
+
+    try:
+        fuzz(check, folders())
+    finally:
+        for vpt in models:
+            vpt.unload()
+
+
+def test_a_mutated_state_dict_is_refused_or_taken_whole(goods: list[Good]) -> None:
+    vpt = goods[0].tiny.prompted(num_tokens=2)
+    odd: list[Any] = [
+        None, 3, "x", [1.0], torch.zeros(2, 24, device="meta"), torch.zeros(2, 24).to_sparse(), torch.zeros(2, 24) * 1j,
+    ]  # fmt: skip
+
+    def check(number: int | None, name: Any, data: Any) -> str:
+        tensors: dict[Any, Any] = {name: tensor.clone() for name, tensor in goods[0].state.items()}
+        for _ in range(data.draw(st.integers(1, 2))):
+            mutations.change_tensors(data.draw, tensors)
+        if number is not None:
+            tensors[name] = odd[number]
+        before = {name: tensor.clone() for name, tensor in get_adapter_state_dict(vpt).items()}
+        with refusals() as came:
+            set_adapter_state_dict(vpt, tensors)
+        taken = before if came else {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+        assert_same(get_adapter_state_dict(vpt), taken)
+        return "refused" if came else "loaded"
+
+    numbers = st.none() | st.integers(0, len(odd) - 1)
+    fuzz(check, numbers, st.sampled_from(["prompts.0", "head.classifier.weight", "x", 7, None]), st.data())
+    vpt.unload()
