@@ -1,7 +1,7 @@
 """Ways to damage an adapter folder: a stranger's edits, broken disks and other tools.
 
-Each takes hypothesis' ``draw`` and the bytes of a file, and gives those of a changed one. JSON is changed
-as pairs of a key and the text of its value, so that keys can stand twice and values be what no JSON library would write.
+Each takes hypothesis' ``draw`` and the bytes of a file, and gives those of a changed one. JSON is changed as pairs of a
+key and the text of its value, so that keys can stand twice and values be what no JSON library would write.
 """
 
 from __future__ import annotations

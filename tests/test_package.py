@@ -58,6 +58,7 @@ LAYERS = [
     "vpt_peft.pth",
     "vpt_peft.backbones",
     "vpt_peft.dense",
+    "vpt_peft.names",
     "vpt_peft.config",
     "vpt_peft.errors",
     "vpt_peft.version",

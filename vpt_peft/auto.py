@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import transformers
 
 from . import checkpoint, hub
-from .errors import CheckpointError
+from .config import PromptConfig
+from .errors import CheckpointError, shown
 from .model import VPTModel
+from .names import is_folder, is_repository
 
 BACKBONE_CLASSES = {
     "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
@@ -46,10 +48,13 @@ class AutoVPTModel:
         Args:
             model_id: the adapter's folder, or its repository on the Hub.
             revision, subfolder: of the adapter; the backbone's revision is the one that the adapter was trained on.
-            model_kwargs: for the backbone's ``from_pretrained``, such as ``dtype`` or ``device_map``.
+            model_kwargs: for the backbone's ``from_pretrained``, such as ``dtype`` or ``device_map``. Only those here
+                let it run code of its repository (``trust_remote_code=True``) or read pickled weights
+                (``use_safetensors=False``): what an adapter names is not trusted.
 
         Raises:
-            CheckpointError: no backbone is named, the adapter is for another task, or it is damaged.
+            CheckpointError: no backbone is named or it cannot be loaded, the adapter is for another task, or it is
+                damaged.
         """
         source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = hub.pull(model_id, revision=revision, subfolder=subfolder, **source)
@@ -66,9 +71,27 @@ class AutoVPTModel:
                 f"{cls.__name__} loads adapters for {cls.task_type or 'a task'}, got task_type={task_type} in "
                 f"'{model_id}'. Use AutoVPTModel."
             )
-        backbone_class = getattr(transformers, BACKBONE_CLASSES[task_type])
-        model = backbone_class.from_pretrained(name, revision=config.revision or "main", **source, **model_kwargs)
+        model = _load_backbone(name, config, model_id, {**source, **model_kwargs})
         return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable)
+
+
+def _load_backbone(name: str, config: PromptConfig, model_id: object, options: dict[str, Any]) -> Any:
+    if not is_folder(name) and not is_repository(name):
+        raise CheckpointError(
+            f"The adapter '{model_id}' was trained on {shown(name)}, which is neither a folder here nor the name of a "
+            "repository. Load its backbone yourself and use VPTModel.from_pretrained(model, ...)."
+        )
+    backbone_class = getattr(transformers, BACKBONE_CLASSES[str(config.task_type)])
+    options = {"trust_remote_code": False, "use_safetensors": True, "revision": config.revision or "main", **options}
+    try:
+        model = backbone_class.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:  # what transformers makes of the client's errors
+        raise CheckpointError(
+            f"The backbone {shown(name)} of the adapter '{model_id}' cannot be loaded: {error}"
+        ) from error
+    if config.revision is not None and getattr(model.config, "_commit_hash", None) is None:
+        model.config._commit_hash = config.revision  # as older versions of transformers do
+    return model
 
 
 class AutoVPTModelForImageClassification(AutoVPTModel):

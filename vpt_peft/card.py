@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .adapter import Adapter
 from .config import PromptConfig
 from .files import locked, replace
+from .names import is_repository
 
 NAME = "README.md"
 BEGIN, END = "<!-- vpt-peft: generated, begin -->", "<!-- vpt-peft: generated, end -->"
@@ -28,26 +31,39 @@ def write(
     adapter: Adapter,
     folder: Path,
     model_id: str | None = None,
+    subfolder: str | None = None,
     training_data: str | None = None,
     metrics: Mapping[str, float] | None = None,
     license: str | None = None,
 ) -> None:
     """Writes an adapter's card, or refreshes the generated part and the metadata of the one that is there.
 
-    A card without a generated part is the user's: its text stays as it is.
+    A card without a generated part is the user's: its text stays as it is. One that cannot be read stays altogether,
+    with a warning.
 
     Args:
-        model_id: how the adapter will be found; None: by its folder.
+        model_id: how the adapter will be found, in its ``subfolder``; None: by its folder.
         training_data: name of the data set that it was trained on.
         metrics: ``{name: value}`` measured on it.
         license: of the adapter.
     """
-    generated = f"{BEGIN}\n{_render(adapter, model_id or str(folder), training_data, metrics).strip()}\n{END}"
+    where = (str(folder), None) if model_id is None else (model_id, subfolder)
+    generated = f"{BEGIN}\n{_render(adapter, where, training_data, metrics).strip()}\n{END}"
     with locked(folder):
-        data, text = _split(_read(folder / NAME))
+        try:
+            data, text = _split(_read(folder / NAME))
+        except Exception as error:  # whatever YAML and the client make of it
+            warnings.warn(
+                f"'{folder / NAME}' must be UTF-8 text, with YAML between two lines '---' if it begins with one, but "
+                f"cannot be read: {error}. It was left as it is. Mend or delete it, and save again.",
+                stacklevel=4,
+            )
+            return
         data |= _metadata(adapter, training_data, license, data.get("tags") or [])
-        if BEGIN in text and END in text:
-            text = text.split(BEGIN, 1)[0] + generated + text.split(END, 1)[1]
+        before, begin, rest = text.partition(BEGIN)
+        _, end, behind = rest.partition(END)
+        if begin and end:
+            text = before + generated + behind
         metadata = ModelCardData(**data).to_yaml()
         replace(folder / NAME, f"---\n{metadata}\n---\n\n{text or generated}\n".encode())
 
@@ -63,15 +79,18 @@ def _split(content: str) -> tuple[dict[str, Any], str]:
     if not content.startswith("---"):
         return {}, content.strip()
     card = ModelCard(content, ignore_metadata_errors=True)
-    return card.data.to_dict(), card.text.strip()  # type: ignore[no-untyped-call]
+    data = card.data.to_dict()  # type: ignore[no-untyped-call]
+    ModelCardData(**data)  # what cannot be written again is not taken
+    return data, card.text.strip()
 
 
 def _metadata(adapter: Adapter, training_data: str | None, license: str | None, tags: list[str]) -> dict[str, Any]:
     config = adapter.config
     values = {
         "library_name": "vpt-peft",
-        "base_model": config.base_model_name_or_path,
-        "base_model_relation": "adapter" if config.base_model_name_or_path else None,
+        # A local folder is none: the Hub refuses cards that name anything but a model there.
+        "base_model": config.base_model_name_or_path if _is_on_hub(config) else None,
+        "base_model_relation": "adapter" if _is_on_hub(config) else None,
         "pipeline_tag": PIPELINES.get(str(config.task_type)),
         "tags": sorted({*tags, "peft", "visual-prompt-tuning", "vpt-peft"}),
         "datasets": [training_data] if training_data else None,
@@ -80,19 +99,28 @@ def _metadata(adapter: Adapter, training_data: str | None, license: str | None, 
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _render(adapter: Adapter, model_id: str, training_data: str | None, metrics: Mapping[str, float] | None) -> str:
+def _is_on_hub(config: PromptConfig) -> bool:
+    return config.base_model_name_or_path is not None and is_repository(config.base_model_name_or_path)
+
+
+def _render(
+    adapter: Adapter,
+    where: tuple[str, str | None],
+    training_data: str | None,
+    metrics: Mapping[str, float] | None,
+) -> str:
     config = adapter.config
     template = Template(files("vpt_peft").joinpath("card_template.md").read_text(encoding="utf-8"))
     tensors = adapter.tensors().values()
     return template.substitute(
-        title=Path(model_id).name,
+        title=_cell(where[1] or Path(where[0]).name),
         variant=_variant(config),
-        backbone=_backbone(config.base_model_name_or_path),
+        backbone=_backbone(config),
         num_tokens=config.num_tokens,
         parameters=f"{sum(parameter.numel() for parameter in adapter.parameters()):,}",
         bytes=f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors):,}",
         details=_details(adapter, training_data, metrics),
-        code=_code(config, model_id),
+        code=_code(config, *where),
     )
 
 
@@ -102,30 +130,38 @@ def _variant(config: PromptConfig) -> str:
     return "VPT-Deep" if config.deep else "VPT-Shallow"
 
 
-def _backbone(name: str | None) -> str:
+def _cell(text: str) -> str:
+    """Text of anyone's as one cell of a table: no markup, no line of its own, not endless."""
+    text = " ".join(text.split())
+    text = text if len(text) <= 200 else text[:200] + "..."
+    return text.translate({ord(sign): f"&#{ord(sign)};" for sign in "|<>`[]"})
+
+
+def _backbone(config: PromptConfig) -> str:
+    name = config.base_model_name_or_path
     if name is None:
         return "a backbone without a name"
-    return (
-        f"`{name}`" if Path(name).is_absolute() or Path(name).exists() else f"[{name}](https://huggingface.co/{name})"
-    )
+    return f"[{name}](https://huggingface.co/{name})" if _is_on_hub(config) else _cell(name)
 
 
 def _details(adapter: Adapter, training_data: str | None, metrics: Mapping[str, float] | None) -> str:
     lines = []
     if training_data:
-        lines.append(f"| training data | {training_data} |")
-    lines += [f"| {name} | {value:.4g} |" for name, value in (metrics or {}).items()]
+        lines.append(f"| training data | {_cell(training_data)} |")
+    lines += [f"| {_cell(name)} | {value:.4g} |" for name, value in (metrics or {}).items()]
     if adapter.config.task_type in ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION"):
         names = list(adapter.labels()["id2label"].values())
         more = f" and {len(names) - LABELS_SHOWN} more" if len(names) > LABELS_SHOWN else ""
-        lines.append(f"| labels | {', '.join(names[:LABELS_SHOWN])}{more} |")
+        lines.append(f"| labels | {', '.join(map(_cell, names[:LABELS_SHOWN]))}{more} |")
     return "".join(f"{line}\n" for line in lines)
 
 
-def _code(config: PromptConfig, model_id: str) -> str:
+def _code(config: PromptConfig, model_id: str, subfolder: str | None) -> str:
+    source = json.dumps(model_id)  # quotes and backslashes too are the same in Python
+    source += f", subfolder={json.dumps(subfolder)}" if subfolder else ""
     if config.base_model_name_or_path is not None:
-        return f'from vpt_peft import AutoVPTModel\n\nvpt = AutoVPTModel.from_pretrained("{model_id}")'
+        return f"from vpt_peft import AutoVPTModel\n\nvpt = AutoVPTModel.from_pretrained({source})"
     return (
         "from vpt_peft import VPTModel\n\n"
-        f'vpt = VPTModel.from_pretrained(model, "{model_id}")  # model: the backbone it was trained on'
+        f"vpt = VPTModel.from_pretrained(model, {source})  # model: the backbone it was trained on"
     )

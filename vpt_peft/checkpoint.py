@@ -78,6 +78,10 @@ def save(adapter: Adapter, folder: str | os.PathLike[str], version: str, tensors
         "vpt_peft_version": version,
     }
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{CONFIG_NAME} must be at most {MAX_CONFIG_BYTES:,} bytes, got {len(text):,}. Shorten the labels' names."
+        )
     with locked(path):
         config = path / CONFIG_NAME
         before = config.read_bytes() if config.is_file() else b""
@@ -153,7 +157,7 @@ def reload(adapter: Adapter, folder: str | os.PathLike[str], backbone: Backbone)
 def _differing(adapter: Adapter, saved: Saved) -> list[str]:
     """Names of what an adapter and a folder say differently. Whether it may train is the adapter's own affair."""
     own, other = (
-        {**config.to_dict(), **labels, "inference_mode": None}
+        {**config.to_dict(), **labels, "inference_mode": None, "problem_type": None}
         for config, labels in ((adapter.config, adapter.labels()), (saved.config, saved.labels))
     )
     return [name for name in own if own[name] != other[name]]
@@ -169,10 +173,14 @@ def open_folder(folder: str | os.PathLike[str]) -> Iterator[Saved]:
     path = _find(Path(folder))
     with ExitStack() as stack:
         for attempt in range(ATTEMPTS):
-            before = _stamps(path)
-            content = _read_config(path / CONFIG_NAME)
-            weights = stack.enter_context(open_weights(path / WEIGHTS_NAME))
-            if _stamps(path) == before or attempt == ATTEMPTS - 1:
+            try:
+                before = _stamps(path)
+                content = _read_config(path / CONFIG_NAME)
+                weights = stack.enter_context(open_weights(path / WEIGHTS_NAME))
+                unchanged = _stamps(path) == before
+            except OSError as error:
+                raise CheckpointError(f"'{path}' must be a folder that can be read, but cannot: {error}.") from error
+            if unchanged or attempt == ATTEMPTS - 1:
                 break
             stack.close()  # another process has saved in between: the two files may be of two adapters
         if weights.config is not None and weights.replaces == digest(content):  # a save ended between its two files
@@ -237,9 +245,12 @@ def _check_belongs(values: dict[str, Any], sealed: dict[str, Any]) -> None:
 
 
 def _read_config(path: Path) -> bytes:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"'{path}' must be at most {MAX_CONFIG_BYTES:,} bytes, got {path.stat().st_size:,}.")
-    return path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            size = os.fstat(file.fileno()).st_size
+            raise CheckpointError(f"'{path}' must be at most {MAX_CONFIG_BYTES:,} bytes, got {size:,}.")
+    return content
 
 
 def _parse_config(content: bytes, folder: Path) -> dict[str, Any]:
@@ -253,9 +264,9 @@ def _check_fit(saved: Saved, backbone: Backbone) -> None:
     """Raises CheckpointError, naming both, if an adapter was made for another backbone."""
     if saved.model_type != backbone.model_type:
         raise CheckpointError(
-            f"The adapter was made for a '{saved.model_type}' backbone, got {type(backbone.model).__name__} "
+            f"The adapter was made for a {shown(saved.model_type)} backbone, got {type(backbone.model).__name__} "
             f"('{backbone.model_type}'). Load the backbone that it was trained on"
-            + (f": {saved.config.base_model_name_or_path}." if saved.config.base_model_name_or_path else ".")
+            + (f": {shown(saved.config.base_model_name_or_path)}." if saved.config.base_model_name_or_path else ".")
         )
     if saved.widths != backbone.widths:
         raise CheckpointError(

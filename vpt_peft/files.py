@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
@@ -45,6 +46,15 @@ def replace(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(file, path)
+
+
+def save_whole(processor: Any, folder: Path) -> None:
+    """Saves what has a ``save_pretrained`` of its own, such as an image processor, so that no file is ever half."""
+    with tempfile.TemporaryDirectory() as place:
+        processor.save_pretrained(place)
+        with locked(folder):
+            for file in sorted(Path(place).iterdir()):
+                replace(folder / file.name, file.read_bytes())
 
 
 def _lock(folder: Path) -> int | None:

@@ -10,15 +10,14 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from .errors import CheckpointError
+from .names import is_folder, is_repository
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", PREPROCESSOR_NAME)
@@ -45,27 +44,25 @@ def pull(
         CheckpointError: neither a folder nor the name of a repository, or there is no adapter in it.
         huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: the client's own errors.
     """
-    local = Path(model_id)
-    if local.is_dir():
-        return local / (subfolder or "")
-    try:
-        validate_repo_id(str(model_id))
-    except HFValidationError as error:
+    if is_folder(model_id):
+        return Path(model_id) / (subfolder or "")
+    repo_id = str(model_id)
+    if not is_repository(repo_id):
         raise CheckpointError(
             f"Expected an adapter folder or the name of a repository on the Hub, got '{model_id}', "
             "which does not exist or is no folder, and is no such name."
-        ) from error
-    repo_id = str(model_id)
+        )
     where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
     where["cache_dir"] = None if cache_dir is None else str(cache_dir)
     try:
         config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
         if subfolder is not None:
             raise
-        subfolder = _only_subfolder(repo_id, revision, token)
+        is_offline = isinstance(error, LocalEntryNotFoundError)
+        subfolder = _cached_subfolder(repo_id, where) if is_offline else _only_subfolder(repo_id, revision, token)
+        if subfolder is None:
+            raise
         config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
     # The commit that the config came from: a push in between must not mix two adapters.
     commit = config.parents[len(PurePosixPath(subfolder or "").parts)].name
@@ -82,10 +79,25 @@ def _only_subfolder(repo_id: str, revision: str | None, token: str | bool | None
     return found[0]
 
 
-def fetch_cards(repo_id: str, folder: str | os.PathLike[str], **where: Any) -> None:
+def _cached_subfolder(repo_id: str, where: dict[str, Any]) -> str | None:
+    """Where in the cache a repository's only adapter lies, when the Hub cannot be asked; None if that is unknown."""
+    try:
+        root = Path(snapshot_download(repo_id, **{**where, "local_files_only": True}))
+    except LocalEntryNotFoundError:
+        return None
+    found = [config.parent.name for config in root.glob(f"*/{CONFIG_NAME}")]
+    return found[0] if len(found) == 1 else None
+
+
+def fetch_cards(
+    repo_id: str, folder: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> None:
     """Puts the model cards of a repository, if there is one, into a folder, so that the user's words are kept."""
-    with suppress(RepositoryNotFoundError, RevisionNotFoundError):
-        snapshot_download(repo_id, local_dir=str(folder), allow_patterns=["README.md", "*/README.md"], **where)
+    for source in dict.fromkeys([revision, None]):  # a branch that does not exist yet begins as the main one is
+        with suppress(RepositoryNotFoundError, RevisionNotFoundError):
+            patterns = ["README.md", "*/README.md"]
+            snapshot_download(repo_id, local_dir=str(folder), allow_patterns=patterns, revision=source, token=token)
+            return
 
 
 def push(

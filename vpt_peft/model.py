@@ -20,6 +20,7 @@ from .backbones import Backbone
 from .batch import check_known, check_name
 from .config import PromptConfig
 from .errors import AdapterError
+from .files import save_whole
 from .origin import free_backbone, warn_of_change, warn_of_local, with_origin
 from .prompted import PromptedModel
 from .status import ModelStatus, describe
@@ -219,7 +220,7 @@ class VPTModel(PromptedModel):
             folder = _folder(save_directory, name)
             checkpoint.save(adapter, folder, __version__, tensors)
             if image_processor is not None:
-                image_processor.save_pretrained(folder)
+                save_whole(image_processor, folder)
             self.create_or_update_model_card(save_directory, name, **card_details)
         if is_checkpoint and is_main_process:
             checkpoint.link(_folder(save_directory, names[0]), Path(save_directory))
@@ -234,7 +235,8 @@ class VPTModel(PromptedModel):
             details: ``model_id``, ``training_data``, ``metrics`` (``{name: value}``) and ``license``, where known.
         """
         check_known(self.adapters, [adapter_name])  # type: ignore[arg-type]
-        card.write(self._adapters[adapter_name], _folder(output_dir, adapter_name), **details)
+        subfolder = None if adapter_name == "default" else adapter_name
+        card.write(self._adapters[adapter_name], _folder(output_dir, adapter_name), subfolder=subfolder, **details)
 
     def push_to_hub(
         self,
@@ -263,8 +265,8 @@ class VPTModel(PromptedModel):
         with TemporaryDirectory() as folder:
             hub.fetch_cards(repo_id, folder, revision=revision, token=token)
             self.save_pretrained(folder, selected_adapters, image_processor, **details)
-            for adapter in self._adapters.values():
-                warn_of_local(adapter.config.base_model_name_or_path)
+            for name in self.adapters if selected_adapters is None else selected_adapters:
+                warn_of_local(self._adapters[name].config.base_model_name_or_path)
             return hub.push(
                 Path(folder), repo_id, private=private, revision=revision, create_pr=create_pr, token=token,
                 commit_message=commit_message,
