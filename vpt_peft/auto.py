@@ -12,6 +12,7 @@ from .config import PromptConfig
 from .errors import CheckpointError, shown
 from .model import VPTModel
 from .names import is_folder, is_repository
+from .origin import as_commit
 
 BACKBONE_CLASSES = {
     "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
@@ -89,8 +90,8 @@ def _load_backbone(name: str, config: PromptConfig, model_id: object, options: d
         raise CheckpointError(
             f"The backbone {shown(name)} of the adapter '{model_id}' cannot be loaded: {error}"
         ) from error
-    if config.revision is not None and getattr(model.config, "_commit_hash", None) is None:
-        model.config._commit_hash = config.revision  # as older versions of transformers do
+    if getattr(model.config, "_commit_hash", None) is None:
+        model.config._commit_hash = as_commit(config)  # as older versions of transformers do
     return model
 
 

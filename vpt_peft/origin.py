@@ -82,7 +82,7 @@ def _equal(stored: Tensor, own: Tensor) -> bool:
 
 
 def warn_of_change(config: PromptConfig, model: Any) -> None:
-    revision, trained_on = find_revision(model), _as_commit(config)
+    revision, trained_on = find_revision(model), as_commit(config)
     if trained_on is not None and revision is not None and trained_on != revision:
         warnings.warn(
             f"The adapter was trained on revision {trained_on} of {shown(config.base_model_name_or_path)}, but the "
@@ -91,7 +91,7 @@ def warn_of_change(config: PromptConfig, model: Any) -> None:
         )
 
 
-def _as_commit(config: PromptConfig) -> str | None:
+def as_commit(config: PromptConfig) -> str | None:
     """The commit that an adapter's revision means, as far as that is known: a branch or tag by the cache."""
     name, revision = config.base_model_name_or_path, config.revision
     if revision is None or re.fullmatch("[0-9a-f]{40}", revision):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from safetensors.torch import load_file
@@ -61,6 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"Expected a checkpoint, got '{path}', which does not exist or is no file.")
+    _check_archive(path)
     try:
         values = load_file(path) if path.suffix == ".safetensors" else _load(path)
     except Exception as error:  # whatever a stranger's file makes torch raise
@@ -83,6 +85,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"'{path}' must hold dense tensors no larger than itself, which is not so of {', '.join(others)}."
         )
     return {key: Tensor.detach(tensor) for key, tensor in tensors.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Raises CheckpointError for an archive that would unpack to more than its own size; torch.save's never do."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception:  # whatever a stranger's file makes it raise
+        raise CheckpointError(f"'{path}' must hold tensors and arrays, but its archive is damaged.") from None
+    size = sum(entry.file_size for entry in entries)
+    if size > path.stat().st_size or any(entry.compress_type != ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"'{path}' must hold tensors and arrays as torch.save writes them, uncompressed, got an archive of "
+            f"{path.stat().st_size:,} bytes that unpacks to {size:,}."
+        )
 
 
 def _load(path: Path) -> Any:

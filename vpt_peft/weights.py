@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from torch import Tensor
 from .errors import CheckpointError, shown
 
 MAX_HEADER_BYTES = 32 * 2**20
+MAX_CONTAINERS = 200_000  # in a header or config
 MAX_DIMENSIONS = 8
 MAX_SIZE = 2**63 - 1
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CONFIG, REPLACES, SEAL = "vpt_config", "vpt_replaces", "vpt_seal"
 
 
@@ -134,10 +137,14 @@ def parse_json(content: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
+    # Empty ones are a few bytes here, and thirty times as many in memory.
+    if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+        raise ValueError(f"it must hold at most {MAX_CONTAINERS:,} lists and objects")
     values = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
     if not isinstance(values, dict):
         raise ValueError(f"it must hold a JSON object, got {type(values).__name__}")
-    json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    if SURROGATE.search(content):  # half a pair of them is no text
+        json.dumps(values, ensure_ascii=False).encode()
     return values
 
 
