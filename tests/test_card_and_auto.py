@@ -80,6 +80,42 @@ def test_what_the_user_wrote_into_a_card_is_kept(tiny: Tiny, tmp_path: Path) -> 
     assert ModelCard.load(path).data.library_name == "vpt-peft"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"caf\xe9", b"---\na: [1\nb: }\n---\n\nMine\n", b"---\n- a\n---\n\nMine\n", b"---\n3: 4\n---\n\nMine\n"],
+    ids=["latin-1", "no YAML", "a list", "numbers"],
+)
+def test_a_card_that_cannot_be_read_is_left_with_a_warning_and_the_adapter_saved(
+    content: bytes, tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_bytes(content)
+    vpt = tiny.prompted(num_tokens=3)
+    with pytest.warns(UserWarning, match=r"README.md' must be UTF-8 text.* It was left as it is"):
+        vpt.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == content
+    VPTModel.from_pretrained(_bare(tiny), tmp_path)
+
+
+def test_names_in_a_card_are_text_and_no_markup(vit: Tiny, tmp_path: Path) -> None:
+    nasty = ["a|b", "<!-- vpt-peft: generated, end -->", "x\n```\n# y", "[z](http://x)", "long" * 1000, "f", "g"]
+    vit.model.config.id2label = dict(enumerate(nasty))
+    vpt = vit.prompted(num_tokens=3)
+    folder = tmp_path / 'of "quotes" and \\'
+    details = {"training_data": "a\n|b", "metrics": {"x|y": 0.5}}
+    vpt.save_pretrained(folder, **details)
+    first = (folder / "README.md").read_text()
+    vpt.save_pretrained(folder, **details)
+    assert (folder / "README.md").read_text() == first  # the generated part is found again, whole
+    table = first[first.index("| backbone") : first.index("## How")].strip().split("\n")
+    assert all(line.startswith("| ") and line.count("|") == 3 for line in table) and len(table) == 8
+    assert first.count("<!--") == 2 and first.count("```") == 2 and "](http://x)" not in first and len(first) < 3_000
+    code = first.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"model": vit.model}
+    vpt.unload()
+    exec(code, names)
+    assert names["vpt"].config.id2label == dict(enumerate(nasty))
+
+
 def _bare(tiny: Tiny) -> Any:
     return type(tiny.model)(tiny.model.config)
 

@@ -156,6 +156,42 @@ def test_all_wrong_tensors_are_listed_in_one_error_and_nothing_is_loaded(tiny: T
     assert torch.equal(get_adapter_state_dict(vpt)["prompts.0"], before["prompts.0"] + 1)
 
 
+NO_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "nothing": lambda tensor: None,
+    "a list": lambda tensor: tensor.tolist(),
+    "an array": lambda tensor: tensor.numpy(),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "without data": lambda tensor: tensor.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+def test_what_is_no_tensor_with_data_is_refused_by_name(vit: Tiny, kind: str) -> None:
+    vpt = vit.prompted()
+    before = {name: tensor.clone() for name, tensor in get_adapter_state_dict(vpt).items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    state["prompts.3"] = NO_TENSORS[kind](state["prompts.3"])
+    with pytest.raises(CheckpointError, match="no dense tensors with data: prompts.3: "):
+        set_adapter_state_dict(vpt, state)
+    with pytest.raises(CheckpointError, match="a dict of tensors by name, got NoneType"):
+        set_adapter_state_dict(vpt, None)  # type: ignore[arg-type]
+    assert_same(get_adapter_state_dict(vpt), before)
+
+
+def test_values_that_are_infinite_in_the_adapters_precision_are_refused(vit: Tiny, tmp_path: Path) -> None:
+    vpt = vit.prompted()
+    state = {name: tensor + 1e5 for name, tensor in get_adapter_state_dict(vpt).items()}
+    set_adapter_state_dict(vpt, state)
+    vpt.save_pretrained(tmp_path)
+    vpt.load_adapter(tmp_path, "wide", torch_dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"too large: .*prompts.0 for torch.float16.* Nothing was loaded"):
+        vpt.load_adapter(tmp_path, "half", torch_dtype=torch.float16)
+    assert list(vpt.adapters) == ["default", "wide"]
+    state["prompts.0"] = state["prompts.0"].double() * 1e300
+    with pytest.raises(CheckpointError, match=r"too large: prompts.0 for torch.float32\."):
+        set_adapter_state_dict(vpt, state)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     config = {**json.loads(path.read_text()), **changes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,20 @@ def test_damaged_and_missing_files_are_refused(suffix: str, tmp_path: Path) -> N
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match="must hold"):
             read_tensors(path)
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused_unopened(tmp_path: Path) -> None:
+    plain = saved({"prompt": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    assert read_tensors(plain)["prompt"].shape == (10**6,)
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in archive.namelist():
+            bomb.writestr(name, archive.read(name))
+    assert torch.load(tmp_path / "bomb.pth")["prompt"].shape == (10**6,)  # torch would unpack it
+    with pytest.raises(CheckpointError, match=r"uncompressed, got an archive of .* that unpacks to 4,"):
+        read_tensors(tmp_path / "bomb.pth")
+    (tmp_path / "bomb.pth").write_bytes(plain.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"must hold .* damaged"):
+        read_tensors(tmp_path / "bomb.pth")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
 import shutil
@@ -18,11 +20,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import assert_same, tiny_vit
+from transformers import ViTImageProcessor
 
 from vpt_peft import VPTModel, get_adapter_state_dict
 
 EXAMPLES = int(os.environ.get("VPT_FUZZ_EXAMPLES", "150"))  # of mutations
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PROCESSOR = "preprocessor_config.json"
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that import torch anew take seconds")
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -68,25 +72,36 @@ def _work(work: Callable[[], object]) -> int:
         os._exit(1)
 
 
-def save(folder: Path, models: list[VPTModel], times: int = 10**9, temporary: str | None = None) -> None:
+def save(folder: Path, models: list[VPTModel], times: int, temporary: str | None = None) -> None:
     tempfile.tempdir = temporary
-    for number in range(times):
-        random.choice(models).save_pretrained(folder) if times < 10**9 else models[number % 2].save_pretrained(folder)
+    for _ in range(times):
+        random.choice(models).save_pretrained(folder)
+
+
+def save_in_turn(folder: Path, models: list[VPTModel], temporary: Path) -> None:
+    """Saves until it is killed, each model with an image processor of its own."""
+    tempfile.tempdir = str(temporary)
+    for number in itertools.count():
+        size = {"height": 16 + number % 2, "width": 16}
+        models[number % 2].save_pretrained(folder, image_processor=ViTImageProcessor(size=size))
 
 
 @forks
 def test_a_process_killed_while_saving_leaves_the_old_adapter_or_the_new_one(two: Any, tmp_path: Path) -> None:
-    two[0].save_pretrained(tmp_path)
-    (tmp_path / CARD).write_text("---\nlicense: mit\n---\n\nMy own words.\n")
+    folder, temporary = tmp_path / "x", tmp_path / "temporary"
+    temporary.mkdir()
+    two[0].save_pretrained(folder, image_processor=ViTImageProcessor())
+    (folder / CARD).write_text("---\nlicense: mit\n---\n\nMy own words.\n")
     moments, found = random.Random(0), set()
     for _ in range(max(25, EXAMPLES // 25)):
-        with processes(lambda: save(tmp_path, two), kill=True):
+        with processes(lambda: save_in_turn(folder, two, temporary), kill=True):
             time.sleep(moments.uniform(0, 0.1))
-        found.add(held(tmp_path, two))
-        assert {"license: mit", "My own words."} <= set((tmp_path / CARD).read_text().split("\n"))
-    two[0].save_pretrained(tmp_path)
-    assert found == {0, 1} and held(tmp_path, two) == 0
-    assert sorted(os.listdir(tmp_path)) == [CARD, CONFIG, WEIGHTS]
+        found.add(held(folder, two))
+        assert {"license: mit", "My own words."} <= set((folder / CARD).read_text().split("\n"))
+        assert json.loads((folder / PROCESSOR).read_text())["image_processor_type"]
+    two[0].save_pretrained(folder)
+    assert found == {0, 1} and held(folder, two) == 0
+    assert sorted(os.listdir(folder)) == [CARD, CONFIG, WEIGHTS, PROCESSOR]
 
 
 @forks

@@ -55,7 +55,7 @@ def write(
         except Exception as error:  # whatever YAML and the client make of it
             warnings.warn(
                 f"'{folder / NAME}' must be UTF-8 text, with YAML between two lines '---' if it begins with one, but "
-                f"cannot be read: {error}. It was left as it is. Mend or delete it, and save again.",
+                f"cannot be read: {' '.join(str(error).split())[:500]}. It was left as it is. Mend or delete it, and save again.",
                 stacklevel=4,
             )
             return
