@@ -189,3 +189,29 @@ def test_a_backbone_that_is_missing_is_named_together_with_the_adapter(online: H
     vpt.push_to_hub(NAME)
     with pytest.raises(CheckpointError, match=f"The backbone 'google/missing' of the adapter '{NAME}' cannot be"):
         AutoVPTModel.from_pretrained(NAME)
+
+
+DAMAGES: dict[str, dict[str, bytes]] = {
+    "config": {CONFIG: b'{"num_tokens": -1}'},
+    "JSON": {CONFIG: b"{"},
+    "weights": {WEIGHTS: b"half a header"},
+    "pickle": {WEIGHTS: b"\x80\x02}q\x00."},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_wrong_with_an_adapter_on_the_hub_names_its_repository(
+    damage: str, online: HubServer, vpt: VPTModel
+) -> None:
+    vpt.push_to_hub(NAME)
+    online.repo(NAME).put(DAMAGES[damage])
+    loads = [
+        lambda: AutoVPTModel.from_pretrained(NAME),
+        lambda: VPTModel.from_pretrained(tiny_vit().model, NAME),
+        lambda: vpt.load_adapter(NAME, "default"),
+        lambda: vpt.load_adapter(NAME, "other"),
+    ]
+    for load in loads:
+        with pytest.raises(CheckpointError, match=f"In the repository '{NAME}': "):
+            load()
+    assert list(vpt.adapters) == ["default"]

@@ -58,22 +58,27 @@ class AutoVPTModel:
                 damaged.
         """
         source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = hub.pull(model_id, revision=revision, subfolder=subfolder, **source)
-        with checkpoint.open_folder(folder) as saved:
-            config = saved.config
-        name, task_type = config.base_model_name_or_path, config.task_type
-        if name is None:
-            raise CheckpointError(
-                f"Expected an adapter that names its backbone, got base_model_name_or_path=None in '{model_id}'. "
-                "Load the backbone yourself and use VPTModel.from_pretrained(model, ...)."
-            )
-        if task_type is None or cls.task_type not in (None, task_type):
-            raise CheckpointError(
-                f"{cls.__name__} loads adapters for {cls.task_type or 'a task'}, got task_type={task_type} in "
-                f"'{model_id}'. Use AutoVPTModel."
-            )
-        model = _load_backbone(name, config, model_id, {**source, **model_kwargs})
-        return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable)
+        with hub.pulled(model_id, revision=revision, subfolder=subfolder, **source) as folder:
+            with checkpoint.open_folder(folder) as saved:
+                config = saved.config
+            name = _check_names(cls.__name__, cls.task_type, config, model_id)
+            model = _load_backbone(name, config, model_id, {**source, **model_kwargs})
+            return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable)
+
+
+def _check_names(loader: str, task_type: str | None, config: PromptConfig, model_id: object) -> str:
+    """The backbone's name; raises CheckpointError if there is none, or the adapter is for another task."""
+    if config.base_model_name_or_path is None:
+        raise CheckpointError(
+            f"Expected an adapter that names its backbone, got base_model_name_or_path=None in '{model_id}'. "
+            "Load the backbone yourself and use VPTModel.from_pretrained(model, ...)."
+        )
+    if config.task_type is None or task_type not in (None, config.task_type):
+        raise CheckpointError(
+            f"{loader} loads adapters for {task_type or 'a task'}, got task_type={config.task_type} in "
+            f"'{model_id}'. Use AutoVPTModel."
+        )
+    return config.base_model_name_or_path
 
 
 def _load_backbone(name: str, config: PromptConfig, model_id: object, options: dict[str, Any]) -> Any:

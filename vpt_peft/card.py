@@ -53,9 +53,10 @@ def write(
         try:
             data, text = _split(_read(folder / NAME))
         except Exception as error:  # whatever YAML and the client make of it
+            reason = " ".join(str(error).split())[:500]
             warnings.warn(
                 f"'{folder / NAME}' must be UTF-8 text, with YAML between two lines '---' if it begins with one, but "
-                f"cannot be read: {' '.join(str(error).split())[:500]}. It was left as it is. Mend or delete it, and save again.",
+                f"cannot be read: {reason}. It was left as it is. Mend or delete it, and save again.",
                 stacklevel=4,
             )
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,11 +17,23 @@ from huggingface_hub.errors import (
 )
 
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from .errors import CheckpointError
+from .errors import CheckpointError, VPTError
 from .names import is_folder, is_repository
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", PREPROCESSOR_NAME)
+
+
+@contextmanager
+def pulled(model_id: str | os.PathLike[str], **source: Any) -> Iterator[Path]:
+    """The folder that :func:`pull` gives; errors about what lies in it name the repository."""
+    folder = pull(model_id, **source)
+    try:
+        yield folder
+    except VPTError as error:
+        if is_folder(model_id) or str(model_id) in str(error):
+            raise
+        raise type(error)(f"In the repository '{model_id}': {error}") from error
 
 
 def pull(

@@ -107,10 +107,12 @@ class VPTModel(PromptedModel):
         self._check_attached()
         dtype = state.storage_dtype(dtype, torch_dtype)
         if adapter_name in self.adapters:
-            checkpoint.reload(self._adapters[adapter_name], hub.pull(model_id, **source), self._backbone)
+            with hub.pulled(model_id, **source) as folder:
+                checkpoint.reload(self._adapters[adapter_name], folder, self._backbone)
         else:
             check_name(adapter_name)
-            adapter = checkpoint.load(hub.pull(model_id, **source), self._backbone, is_trainable, dtype)
+            with hub.pulled(model_id, **source) as folder:
+                adapter = checkpoint.load(folder, self._backbone, is_trainable, dtype)
             warn_of_change(adapter.config, self.base_model)
             self._put(adapter_name, adapter)
 
@@ -299,7 +301,8 @@ class VPTModel(PromptedModel):
         check_name(adapter_name)
         dtype = state.storage_dtype(dtype, torch_dtype)
         backbone = free_backbone(model)
-        adapter = checkpoint.load(hub.pull(model_id, **source), backbone, is_trainable, dtype)
+        with hub.pulled(model_id, **source) as folder:
+            adapter = checkpoint.load(folder, backbone, is_trainable, dtype)
         warn_of_change(adapter.config, model)
         vpt = cls.__new__(cls)
         PromptedModel.__init__(vpt)
