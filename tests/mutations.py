@@ -28,6 +28,16 @@ KNOWN = [
     "IMAGE_CLASSIFICATION", "FEATURE_EXTRACTION", "vit", "swin", "regression", "classifier", "vit.layernorm", "main",
     "layernorm", "google/vit",
 ]  # fmt: skip
+# Values that would be valid, though of another adapter.
+OTHERS: dict[str, list[Any]] = {
+    "num_tokens": [0, 1, 2, 3], "deep": [True, False], "carry": [True, False], "shared": [True, False],
+    "layers_to_transform": [None, [0], [1, 3], [0, 1, 2, 3]], "projection_dim": [None, 3, 4], "dropout": [0, 0.1, 0.5],
+    "pooling": ["default", "image", "prompt", "global"], "bias": ["none", "all"], "init": ["uniform", "normal"],
+    "modules_to_save": [None, ["vit.layernorm"], ["classifier"]], "route": ["auto", "tokens", "key_value"],
+    "problem_type": [None, "regression"], "model_type": ["vit", "swin"], "widths": [[24] * 4, [24] * 3],
+    "task_type": [None, "IMAGE_CLASSIFICATION", "FEATURE_EXTRACTION"], "label2id": [{}, {"a": 0}],
+    "id2label": [{"0": "a"}],
+}  # fmt: skip
 NEW_KEYS = ["num_labels", "auto_map", "torch_dtype", "depth", "__class__", "Num_tokens", "model", "quantization_config"]
 
 
@@ -65,7 +75,13 @@ def changed_object(draw: Draw, pairs: Pairs) -> Pairs:
     pairs = list(pairs)
     place = draw(st.integers(0, max(0, len(pairs) - 1)))
     key, value = pairs[place] if pairs else ("x", "0")
-    match draw(st.sampled_from(["value", "value", "inside", "inside", "remove", "add", "twice", "rename", "order"])):
+    match draw(
+        st.sampled_from(
+            ["other", "other", "value", "value", "inside", "inside", "remove", "add", "twice", "rename", "order"]
+        )
+    ):
+        case "other" if key in OTHERS:
+            pairs[place : place + 1] = [(key, _dump(draw(st.sampled_from(OTHERS[key]))))]
         case "value":
             pairs[place : place + 1] = [(key, draw(texts()))]
         case "inside":

@@ -29,6 +29,10 @@ from vpt_peft import PromptConfig, VPTError, VPTModel, get_adapter_state_dict, g
 EXAMPLES = int(os.environ.get("VPT_FUZZ_EXAMPLES", "150"))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_MESSAGE = 50_000  # a message must not be as long as what a stranger's file says
+SEALED = (
+    "num_tokens", "deep", "layers_to_transform", "carry", "shared", "projection_dim", "pooling", "location", "bias",
+    "modules_to_save", "model_type", "widths",
+)  # fmt: skip
 FIELDS = set(PromptConfig().to_dict()) - {"inference_mode", "task_type"}  # loading sets these two
 BUILDS: list[tuple[Callable[..., Tiny], dict[str, Any]]] = [
     (tiny_vit, {"num_tokens": 2}),
@@ -87,7 +91,17 @@ def fuzz(check: Callable[..., str], *drawn: st.SearchStrategy[Any]) -> Counter[s
 def folders(draw: mutations.Draw) -> tuple[int, bytes, bytes] | Any:
     """The number of a good adapter and a way to change its two files; drawn in two steps, since files are big."""
     number, is_sealed = draw(st.integers(0, len(BUILDS) - 1)), draw(st.booleans())
-    kinds = ["config", "config", "header", "header", "tensors", "bytes of config", "bytes of weights", "both"]
+    kinds = [
+        "config",
+        "config",
+        "header",
+        "header",
+        "tensors",
+        "bytes of config",
+        "bytes of weights",
+        "numbers",
+        "both",
+    ]
     return number, is_sealed, draw(st.sampled_from(kinds)), draw(st.data())
 
 
@@ -101,6 +115,9 @@ def mutate(good: Good, is_sealed: bool, kind: str, data: Any) -> tuple[bytes, by
         weights = mutations.headers(data.draw, weights)
     if kind == "tensors":
         weights = mutations.retensored(data.draw, weights)
+    if kind == "numbers":
+        header, numbers = mutations.split(weights)
+        weights = mutations.join(header, mutations.damaged(data.draw, numbers))
     if kind == "bytes of weights":
         weights = mutations.damaged(data.draw, weights)
     return config, weights
@@ -119,9 +136,20 @@ def refusals() -> Iterator[list[str]]:
             came.append(str(error))
 
 
+def strictly(text: bytes) -> dict[str, Any]:
+    """What a JSON text says, which must be JSON and say nothing twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs)
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once, parse_constant=lambda constant: pytest.fail(constant))
+
+
 def check_says(vpt: VPTModel, good: Good, config: bytes, weights: bytes) -> None:
     """Asserts that a model is what an independent reading of two files says; and, if sealed, the one that was saved."""
-    said = json.loads(config)
+    said = strictly(config)
+    strictly(mutations.split(weights)[0])
     defaults = PromptConfig().to_dict()
     loaded = vpt.active_config.to_dict()
     assert {name: loaded[name] for name in FIELDS} == {name: said.get(name, defaults[name]) for name in FIELDS}
@@ -143,6 +171,8 @@ def check_says(vpt: VPTModel, good: Good, config: bytes, weights: bytes) -> None
     assert all(tensor.isfinite().all() for tensor in state.values())
     answer = logits(vpt, good.tiny.pixel_values)
     if b"vpt_seal" in weights:
+        saved = json.loads(good.config)
+        assert {name: said.get(name, defaults.get(name)) for name in SEALED} == {name: saved[name] for name in SEALED}
         assert_same(state, good.state)
         assert torch.equal(answer, good.answer)
     vpt.add_adapter("said", PromptConfig.from_dict({name: said[name] for name in FIELDS if name in said}), **labels)
