@@ -174,13 +174,16 @@ def check_says(vpt: VPTModel, good: Good, config: bytes, weights: bytes) -> None
         saved = json.loads(good.config)
         assert {name: said.get(name, defaults.get(name)) for name in SEALED} == {name: saved[name] for name in SEALED}
         assert_same(state, good.state)
-        assert torch.equal(answer, good.answer)
+        if said.get("route") == saved["route"]:
+            assert torch.equal(answer, good.answer)
+        torch.testing.assert_close(answer, good.answer, atol=1e-5, rtol=0)  # another route: the same up to rounding
     vpt.add_adapter("said", PromptConfig.from_dict({name: said[name] for name in FIELDS if name in said}), **labels)
     with torch.no_grad():
         for name, tensor in vpt.adapters["said"].tensors().items():
             tensor.copy_(tensors[name])
     vpt.set_adapter("said")
-    assert torch.equal(answer, logits(vpt, good.tiny.pixel_values))
+    # Finite numbers can be too large to compute with; then both answer NaN.
+    torch.testing.assert_close(answer, logits(vpt, good.tiny.pixel_values), atol=0, rtol=0, equal_nan=True)
 
 
 def test_a_mutated_folder_is_refused_or_is_the_model_that_its_files_say(goods: list[Good], tmp_path: Path) -> None:
@@ -195,8 +198,10 @@ def test_a_mutated_folder_is_refused_or_is_the_model_that_its_files_say(goods: l
         with refusals() as came:
             vpt = VPTModel.from_pretrained(good.tiny.model, tmp_path)
         if not came:
-            check_says(vpt, good, config, weights)
-            vpt.unload()
+            try:
+                check_says(vpt, good, config, weights)
+            finally:
+                vpt.unload()
         assert_unchanged(before[number], snapshot(good.tiny.model))
         return "refused" if came else "loaded"
 
