@@ -15,7 +15,7 @@ from torch import Tensor
 
 VOID = 255  # the label of pixels that have none: what transformers' losses ignore by default
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-SCENE, DIGIT = 64, 20  # pixels a side
+SCENE, DIGIT = 64, 28  # pixels a side
 
 
 class DataError(ValueError):
@@ -129,7 +129,7 @@ def digit_scenes(digits: Sequence[int], number: int, seed: int) -> SegmentationS
             top, left = random.integers(0, SCENE // 2 - DIGIT, 2) + SCENE // 2 * np.array(divmod(corner, 2))
             place = np.s_[top : top + DIGIT, left : left + DIGIT]
             image[place] = image[place] * (1 - ink[..., None]) + random.uniform(150, 255, 3) * ink[..., None]
-            mask[place] = np.where(ink > 0.6, label + 1, np.where(ink > 0.3, VOID, mask[place]))
+            mask[place] = np.where(ink > 0.4, label + 1, np.where(ink > 0.2, VOID, 0))
     names = ("background", *map(str, digits))
     return SegmentationSet(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(masks), names)
 

@@ -145,9 +145,9 @@ def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path,
         print("1. Pretraining a small UperNet on scenes with the digits 0 to 4, and throwing its decode head away.")
         old = digit_scenes(OLD, args.pretraining_images, args.seed)
         swin = SwinConfig(image_size=64, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=4,
-                          mlp_ratio=2, drop_path_rate=0.0)  # fmt: skip
+                          mlp_ratio=2, drop_path_rate=0.0, initializer_range=0.1)  # fmt: skip
         whole = upernet(swin, old.label_names, width=32).to(DEVICE)
-        trainer.train(whole, old, args.pretraining_epochs, (1e-3, 1e-3), "Pretraining")
+        trainer.train(whole, old, args.pretraining_epochs, (2e-3, 2e-3), "Pretraining")
         model = upernet(swin, label_names, width=32)
         model.backbone = whole.backbone
     else:
@@ -228,7 +228,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--head-rate", type=float, default=3e-3, help="learning rate of decode heads (default: %(default)s)")
     add("--prompt-rate", type=float, default=3e-3, help="learning rate of prompts (default: %(default)s)")
     add("--full-rate", type=float, default=3e-4, help="learning rate of full fine-tuning (default: %(default)s)")
-    add("--pretraining-epochs", type=int, default=10, help="default: %(default)s")
+    add("--pretraining-epochs", type=int, default=8, help="default: %(default)s")
     add("--pretraining-images", type=int, default=400, help="default: %(default)s")
     add("--images", type=int, default=100, help="digit scenes to train on, and as many to test on (default: 100)")
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
