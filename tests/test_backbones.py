@@ -18,7 +18,7 @@ from vpt_peft import (
     get_vpt_model,
     register_architecture,
 )
-from vpt_peft.backbones import ARCHITECTURES
+from vpt_peft.architectures import ARCHITECTURES
 
 
 @pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), None, "google/vit-base-patch16-224"])
@@ -54,7 +54,7 @@ def test_a_subclass_of_a_supported_class_is_supported(vit: Tiny) -> None:
 
 
 def test_a_declaration_that_does_not_fit_says_so(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vpt_peft.backbones.ARCHITECTURES", dict(ARCHITECTURES))
+    monkeypatch.setitem(ARCHITECTURES, "vit", ARCHITECTURES["vit"])  # put back afterwards
     heads = {"ViTForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",))}
     register_architecture(Architecture("vit", heads, norm="norm_of_another_version"))
     with pytest.raises(UnsupportedModelError, match="does not look as its architecture 'vit' is declared"):

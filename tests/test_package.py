@@ -57,6 +57,7 @@ LAYERS = [
     "vpt_peft.authors",
     "vpt_peft.pth",
     "vpt_peft.backbones",
+    "vpt_peft.architectures",
     "vpt_peft.dense",
     "vpt_peft.names",
     "vpt_peft.config",

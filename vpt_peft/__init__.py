@@ -1,5 +1,6 @@
 """Visual Prompt Tuning for the vision transformers of ``transformers``."""
 
+from .architectures import Architecture, Head, register_architecture
 from .auto import (
     AutoVPTModel,
     AutoVPTModelForFeatureExtraction,
@@ -7,7 +8,6 @@ from .auto import (
     AutoVPTModelForMaskedImageModeling,
     AutoVPTModelForSemanticSegmentation,
 )
-from .backbones import Architecture, Head, register_architecture
 from .config import PromptConfig
 from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
 from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
