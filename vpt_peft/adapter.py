@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from .backbones import Backbone
 from .config import PromptConfig
-from .dense import dense, is_quantized
+from .copies import clone, modules_to_save, own_head
+from .dense import dense
 from .errors import ConfigError
 from .passes import Group
 from .plan import plan_steps
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
-HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 
 
 class Adapter(nn.Module):
@@ -69,8 +65,8 @@ class Adapter(nn.Module):
             setattr(self.model_config, name, value)
         self._heads = nn.ModuleDict()
         for path in backbone.head.paths:
-            self._heads[_key(path)] = _own_head(backbone, path, self.model_config.num_labels, device)
-        saved = _modules_to_save(config, backbone)
+            self._heads[_key(path)] = own_head(backbone, path, self.model_config.num_labels, device)
+        saved = modules_to_save(config, backbone)
         self._copies = nn.ModuleDict({_key(path): dense(clone(module), path) for path, module in saved.items()})
         own = (*backbone.head.paths, *saved)
         self._biases = nn.ParameterDict(
@@ -148,58 +144,9 @@ class Adapter(nn.Module):
         return {name: getattr(self.model_config, name) for name in ("id2label", "label2id", "problem_type")}
 
 
-def clone(module: nn.Module, on_meta: bool = False) -> nn.Module:
-    """A deep copy without hooks or doors, which would bring along whatever they hold on to.
-
-    Args:
-        on_meta: its parameters take no memory, since others will take their place.
-    """
-    memo: dict[int, Any] = {}
-    if on_meta:
-        plain = [own for part in module.modules() if not is_quantized(part) for own in part.parameters(recurse=False)]
-        memo |= {id(own): nn.Parameter(torch.empty_like(own, device="meta")) for own in plain}
-    for part in module.modules():
-        memo |= {id(part.__dict__[name]): OrderedDict() for name in HOOKS}
-        if "forward" in part.__dict__:
-            memo[id(part.__dict__["forward"])] = None
-    copied = copy.deepcopy(module, memo)
-    for part in copied.modules():
-        for name in HOOKS:  # one empty dict each: the memo shares its own
-            setattr(part, name, OrderedDict())
-        part.__dict__.pop("forward", None)
-    return copied
-
-
 def _copy_config(config: Any) -> Any:
     """A deep copy; of the maps of labels, which may be long, a flat one, which is as good and much faster."""
     return copy.deepcopy(config, {id(labels): dict(labels) for labels in (config.id2label, config.label2id) if labels})
-
-
-def _own_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
-    """A copy of a module of the model's head; with new output layers where it has another number of labels."""
-    on_meta = device.type == "meta"
-    head = dense(clone(backbone.model.get_submodule(path), on_meta), path, on_meta)
-    if num_labels == backbone.model.config.num_labels:
-        return head
-    for output in backbone.head.label_layers:
-        if output == path:
-            return _new_output(head, output, backbone, num_labels, device)
-        if output.startswith(path + "."):
-            parent, _, name = output.removeprefix(path + ".").rpartition(".")
-            holder = head.get_submodule(parent)
-            setattr(holder, name, _new_output(getattr(holder, name), output, backbone, num_labels, device))
-    return head
-
-
-def _new_output(layer: Any, path: str, backbone: Backbone, num_labels: int, device: torch.device) -> nn.Module:
-    if isinstance(layer, nn.Linear | nn.Identity):
-        return nn.Linear(backbone.num_features, num_labels, device=device)
-    if isinstance(layer, nn.Conv2d):
-        return nn.Conv2d(layer.in_channels, num_labels, kernel_size=1, device=device)
-    raise ConfigError(
-        f"The head at '{path}' must be a linear layer or a convolution to be replaced by one with {num_labels} labels, "
-        f"got {type(layer).__name__}. Load the backbone with num_labels={num_labels}."
-    )
 
 
 def _checked_labels(labels: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -234,42 +181,6 @@ def _check_shared(config: PromptConfig, fresh: Mapping[int, int]) -> None:
             f"shared=True needs layers of one width, got layers of widths {widths}. "
             "Choose layers of one stage by layers_to_transform, or set projection_dim."
         )
-
-
-def _modules_to_save(config: PromptConfig, backbone: Backbone) -> dict[str, nn.Module]:
-    """The modules named in ``modules_to_save`` by their paths; the head, which is saved anyway, is left out."""
-    found: dict[str, nn.Module] = {}
-    for name in config.modules_to_save or ():
-        matches = {
-            path: module for path, module in backbone.model.named_modules() if path == name or path.endswith("." + name)
-        }
-        if not matches:
-            raise ConfigError(
-                f"modules_to_save must name modules of {type(backbone.model).__name__}, got '{name}', which is none. "
-                "model.named_modules() lists them."
-            )
-        for path, module in matches.items():
-            if not any(path == head or path.startswith(head + ".") for head in backbone.head.paths):
-                found[path] = _check_free(path, module, backbone)
-    for path in found:
-        outer = [other for other in found if path.startswith(other + ".")]
-        if outer:
-            raise ConfigError(f"modules_to_save must not overlap, got '{path}' inside '{outer[0]}'. Name one of them.")
-    return found
-
-
-def _check_free(path: str, module: nn.Module, backbone: Backbone) -> nn.Module:
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        raise ConfigError(f"modules_to_save must name modules that are called, got the list '{path}'. Name its parts.")
-    inside = {id(part) for part in module.modules()}
-    guarded = [backbone.trunk, *backbone.mergings.values()]
-    guarded += [part for layer in backbone.layers for part in (layer.module, layer.part("attention"))]
-    if any(id(part) in inside for part in guarded):
-        raise ConfigError(
-            f"modules_to_save must not name a module through which prompts pass, got '{path}'. "
-            "Name smaller parts, such as 'mlp' or 'layernorm_after'."
-        )
-    return module
 
 
 def _biases(config: PromptConfig, backbone: Backbone, own: tuple[str, ...]) -> dict[str, Tensor]:

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import EllipsisType
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from . import card, checkpoint, hub, state
+from . import checkpoint, hub, state
 from .adapter import Adapter
 from .backbones import Backbone
 from .batch import check_known, check_name
 from .config import PromptConfig
 from .errors import AdapterError
-from .files import save_whole
-from .origin import free_backbone, warn_of_change, warn_of_local, with_origin
-from .prompted import PromptedModel
+from .origin import free_backbone, warn_of_change, with_origin
+from .saving import SavableModel
 from .status import ModelStatus, describe
-from .version import __version__
 
 
-class VPTModel(PromptedModel):
+class VPTModel(SavableModel):
     """A frozen vision transformer with prompts, made by :func:`get_vpt_model` or :meth:`from_pretrained`.
 
     Called like the model that it was made from, it answers with the active adapter's prompts and head. The model
@@ -179,101 +172,6 @@ class VPTModel(PromptedModel):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    # -- saving and loading -----------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        selected_adapters: Sequence[str] | None = None,
-        image_processor: Any = None,
-        *,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | EllipsisType | None = ...,
-        save_function: Any = None,
-        **card_details: Any,
-    ) -> None:
-        """Saves adapters: "default" into ``save_directory`` itself, any other into a subfolder of its name.
-
-        Args:
-            selected_adapters: None: all.
-            image_processor: saved beside the adapters, so that ``AutoImageProcessor`` finds it there.
-            is_main_process: False: writes nothing, and only helps to gather what several processes share.
-            state_dict: the module's state dict, gathered from several processes; None: it is as it is here. Given
-                either way, as by ``Trainer``, it makes a checkpoint: of the active adapter alone, with the same
-                weights as ``model.safetensors`` too, where ``Trainer`` looks for them.
-            save_function: taken from scripts that have one, and not used: files are replaced at once.
-            card_details: see :meth:`create_or_update_model_card`.
-        """
-        self._check_attached()
-        is_checkpoint = state_dict is not ...
-        names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
-        check_known(self.adapters, names)  # type: ignore[arg-type]
-        if is_checkpoint and selected_adapters is None:
-            names = [self._active_adapter]
-        for name in names:
-            adapter = self._adapters[name]
-            tensors = (
-                state.state_dict(adapter)
-                if not state_dict or state_dict is ...
-                else (state.translate(adapter, f"adapters.{name}.", state_dict))
-            )
-            if not is_main_process:
-                continue
-            folder = _folder(save_directory, name)
-            checkpoint.save(adapter, folder, __version__, tensors)
-            if image_processor is not None:
-                save_whole(image_processor, folder)
-            self.create_or_update_model_card(save_directory, name, **card_details)
-        if is_checkpoint and is_main_process:
-            checkpoint.link(_folder(save_directory, names[0]), Path(save_directory))
-
-    def create_or_update_model_card(
-        self, output_dir: str | os.PathLike[str], adapter_name: str = "default", **details: Any
-    ) -> None:
-        """Writes the adapter's model card, or refreshes the generated part and the metadata of the one that is there.
-
-        Args:
-            output_dir: as given to :meth:`save_pretrained`.
-            details: ``model_id``, ``training_data``, ``metrics`` (``{name: value}``) and ``license``, where known.
-        """
-        check_known(self.adapters, [adapter_name])  # type: ignore[arg-type]
-        subfolder = None if adapter_name == "default" else adapter_name
-        card.write(self._adapters[adapter_name], _folder(output_dir, adapter_name), subfolder=subfolder, **details)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        selected_adapters: Sequence[str] | None = None,
-        image_processor: Any = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        **card_details: Any,
-    ) -> CommitInfo:
-        """Saves adapters and uploads them; files that are there already as they are, are not uploaded again.
-
-        Args:
-            repo_id: the repository, such as "me/birds-vpt"; created if it does not exist.
-            private, revision, create_pr, token, commit_message: as everywhere on the Hub.
-
-        Raises:
-            huggingface_hub.errors.HfHubHTTPError: the client's own errors.
-        """
-        self._check_attached()
-        details = {"model_id": repo_id, **card_details}
-        with TemporaryDirectory() as folder:
-            hub.fetch_cards(repo_id, folder, revision=revision, token=token)
-            self.save_pretrained(folder, selected_adapters, image_processor, **details)
-            for name in self.adapters if selected_adapters is None else selected_adapters:
-                warn_of_local(self._adapters[name].config.base_model_name_or_path)
-            return hub.push(
-                Path(folder), repo_id, private=private, revision=revision, create_pr=create_pr, token=token,
-                commit_message=commit_message,
-            )  # fmt: skip
-
     @classmethod
     def from_pretrained(
         cls,
@@ -305,7 +203,7 @@ class VPTModel(PromptedModel):
             adapter = checkpoint.load(folder, backbone, is_trainable, dtype)
         warn_of_change(adapter.config, model)
         vpt = cls.__new__(cls)
-        PromptedModel.__init__(vpt)
+        SavableModel.__init__(vpt)
         vpt._set_up(backbone, adapter_name, adapter, training=False)
         return vpt
 
@@ -338,7 +236,3 @@ def set_adapter_state_dict(model: VPTModel, state_dict: dict[str, Tensor], adapt
     """
     check_known(model.adapters, [adapter_name])  # type: ignore[arg-type]
     state.load_state_dict(model._adapters[adapter_name], state_dict)
-
-
-def _folder(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
-    return Path(save_directory) if adapter_name == "default" else Path(save_directory) / adapter_name
