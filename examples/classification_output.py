@@ -1,0 +1,164 @@
+"""What ``train_image_classification.py`` leaves behind: a line a seed, pictures, results, the model and its card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plots
+from accelerate import PartialState
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from trainer_data import DatasetDict
+from trainer_task import Task
+from training import Method
+
+from vpt_peft import VPTModel
+
+CARD = """# {title}
+
+[{base}](https://huggingface.co/{base}), all of it tuned to the classes {classes}.
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+@dataclass
+class Run:
+    """What training with one seed reached.
+
+    Attributes:
+        accuracy, loss: percent and cross-entropy of the test images.
+        parameters: number of those that trained.
+        images_per_second, seconds: of training, evaluations left out.
+        memory_mib: the most so far, of ``memory_of``: "GPU" or "process".
+        history: Trainer's log.
+        predictions, labels: of the test images.
+        model: what was trained.
+        main: whether this is the process that prints and saves.
+    """
+
+    seed: int
+    accuracy: float
+    loss: float
+    parameters: int
+    images_per_second: float
+    seconds: float
+    memory_mib: float
+    memory_of: str
+    history: list[dict[str, Any]]
+    predictions: list[int]
+    labels: list[int]
+    model: Any
+    main: bool
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into the results."""
+        left_out = ("history", "predictions", "labels", "model", "main")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+class Report:
+    """Collects runs and writes down what they reached; the first seed's model is the one that is kept.
+
+    Args:
+        args: the command line.
+        splits: the images that are used, of the task's.
+    """
+
+    def __init__(self, args: argparse.Namespace, method: Method, task: Task, splits: DatasetDict) -> None:
+        self.args, self.method, self.task, self.splits = args, method, task, splits
+        self.runs: list[Run] = []
+        self.histories: dict[int, list[dict[str, Any]]] = {}
+        if PartialState().is_main_process:
+            numbers = ", ".join(f"{len(rows)} for {name}" for name, rows in splits.items())
+            print(f"{method.title} on {task.model}. Images: {numbers}.")
+
+    def add(self, run: Run) -> None:
+        """Prints what a seed reached."""
+        if self.runs:
+            run.model = None  # only the first one is kept
+        self.runs.append(run)
+        self.histories[run.seed] = run.history
+        if run.main:
+            pace = f"{run.images_per_second:.1f} images per second" if run.seconds else "no step was left to train"
+            print(
+                f"Seed {run.seed}: {run.accuracy:.1f} % of the test images are right. {run.parameters:,} parameters "
+                f"trained, {pace}, peak memory of the {run.memory_of} {run.memory_mib:,.0f} MiB."
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """For the card."""
+        reached = [run.accuracy for run in self.runs]
+        found = {f"accuracy, % of {len(self.splits['test'])} test images": reached[0]}
+        if len(reached) > 1:
+            found[f"mean accuracy of {len(reached)} seeds"] = statistics.mean(reached)
+            found["standard deviation over seeds"] = statistics.stdev(reached)
+        return found
+
+    def finish(self) -> None:
+        """Saves everything, prints where it is, and pushes it if that was asked for."""
+        first, folder = self.runs[0], self.args.output
+        if not first.main:
+            return
+        if len(self.runs) > 1:
+            _, mean, deviation = self.metrics().values()
+            print(f"{mean:.1f} ± {deviation:.1f} %: mean and standard deviation of {len(self.runs)} seeds.")
+        title, names = f"{self.method.title} on {self.task.model}, {self.task.data}", self.task.class_names
+        split = "validation" if self.args.keep_best else "test"
+        plots.learning_curve(folder / "learning_curve.png", self.histories, title, split)
+        counts = plots.confusion(first.labels, first.predictions, len(names))
+        heading = f"{title}\n{first.accuracy:.1f} % of {len(first.labels)} test images are right"
+        plots.confusion_matrix(folder / "confusion_matrix.png", counts, names, heading)
+        self._write_results(counts.tolist())
+        self._save(first.model, folder, names)
+        if self.args.push_to_hub:
+            print(f"Pushed to {self._push(first.model, folder)}")
+        print(f"Saved in {folder}: {self.method.title} of seed {first.seed}, results.json and pictures.")
+
+    def _write_results(self, confusion: list[list[int]]) -> None:
+        left_out = ("model", "data", "output", "resume", "push_to_hub", "private")
+        settings = {name: value for name, value in vars(self.args).items() if name not in left_out}
+        runs = [run.summary() for run in self.runs]
+        report = {
+            "model": self.task.model,
+            "data": self.task.data,
+            "settings": settings,
+            "metrics": self.metrics(),
+            "runs": runs,
+        }
+        text = json.dumps({**report, "confusion": confusion, "histories": self.histories}, indent=1)
+        (self.args.output / "results.json").write_text(text, encoding="utf-8")
+
+    def _save(self, model: Any, folder: Path, names: list[str]) -> None:
+        if isinstance(model, VPTModel):
+            model.save_pretrained(
+                folder, image_processor=self.task.processor, metrics=self.metrics(), training_data=self.task.data
+            )
+            return
+        model.save_pretrained(folder)
+        self.task.processor.save_pretrained(folder)
+        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in self.metrics().items())
+        facts = ModelCardData(
+            library_name="transformers", pipeline_tag="image-classification", base_model=self.task.model
+        )
+        text = CARD.format(title=folder.name, base=self.task.model, classes=", ".join(names), rows=rows)
+        ModelCard(f"---\n{facts.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+    def _push(self, model: Any, folder: Path) -> str:
+        repo, private = self.args.push_to_hub, self.args.private or None
+        if isinstance(model, VPTModel):
+            details = {"metrics": self.metrics(), "training_data": self.task.data}
+            commit = model.push_to_hub(repo, private=private, image_processor=self.task.processor, **details)
+        else:
+            create_repo(repo, private=private, exist_ok=True)
+            commit = upload_folder(
+                repo_id=repo, folder_path=folder, allow_patterns=["*.json", "*.safetensors", "README.md"],
+                ignore_patterns=["seed-*", "backbone", "results.json"],
+            )  # fmt: skip
+        return str(commit.commit_url)

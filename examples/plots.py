@@ -1,0 +1,149 @@
+"""Pictures of training: learning curves, a confusion matrix, a hyperparameter search. Files only, no window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#8a8f98"
+MOST_COUNTED = 30  # classes: with more of them, numbers in the cells cannot be read
+LONGEST_NAME = 24
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def learning_curve(path: Path, histories: Mapping[int, Sequence[Mapping[str, Any]]], title: str, split: str) -> None:
+    """Loss and accuracy after each epoch.
+
+    Args:
+        histories: ``Trainer.state.log_history`` of each seed.
+        split: what the accuracy was measured on.
+    """
+    figure = _figure(9, 3.6)
+    figure.suptitle(title, fontsize=12)
+    losses, accuracies = figure.subplots(1, 2)
+    panels = (
+        (losses, (("loss", "training", BLUE), ("eval_loss", split, ORANGE))),
+        (accuracies, (("eval_accuracy", split, ORANGE),)),
+    )
+    for axes, curves in panels:
+        for key, name, color in curves:
+            for index, (seed, history) in enumerate(histories.items()):
+                points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
+                label = name if len(histories) == 1 else f"{name}, seed {seed}" if index == 0 else f"seed {seed}"
+                style = ("-", "--", ":", "-.")[index % 4]
+                axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker="o", markersize=3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=8)
+    _plain(losses, "Loss", "epoch", "cross-entropy")
+    _plain(accuracies, "Accuracy", "epoch", f"% of the {split} images")
+    _save(figure, path)
+
+
+def confusion(labels: Sequence[int], predictions: Sequence[int], num_classes: int) -> np.ndarray:
+    """``(num_classes, num_classes)`` counts: rows are what an image shows, columns what it was taken for."""
+    matrix = np.zeros((num_classes, num_classes), dtype=int)
+    np.add.at(matrix, (np.asarray(labels), np.asarray(predictions)), 1)
+    return matrix
+
+
+def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
+    """Counts, coloured by their share of the class, with the names of the classes."""
+    number = len(names)
+    side = min(0.55 * number + 2.8, 16)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = _figure(side + 0.8, side)
+    axes = figure.subplots()
+    shown = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(shown, ax=axes, fraction=0.045, pad=0.03, label="% of the class")
+    short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
+    size = 10 if number <= MOST_COUNTED else max(3.0, 400 / number)
+    turned = max(map(len, short)) > 3
+    turn: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+    axes.set_xticks(range(number), short, fontsize=size, **turn)
+    axes.set_yticks(range(number), short, fontsize=size)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("shows")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.tick_params(length=0)
+    axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1 if number <= MOST_COUNTED else 0.3)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
+    if number <= MOST_COUNTED:
+        for row, column in zip(*counts.nonzero(), strict=True):
+            color = "white" if shares[row, column] > 0.55 else "#1b2733"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=9)
+    _save(figure, path)
+
+
+def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence[str], title: str) -> None:
+    """Accuracy of each trial against each hyperparameter, and the best so far.
+
+    Args:
+        trials: of each, ``number``, ``state`` ("complete" or "pruned"), ``accuracy`` and ``params``.
+        log_scales: the hyperparameters that were searched on a logarithmic scale.
+    """
+    names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
+    columns = 3
+    rows = -(-(len(names) + 1) // columns)
+    figure = _figure(3.6 * columns, 3.1 * rows)
+    figure.suptitle(title, fontsize=12)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    complete = [trial for trial in trials if trial["state"] == "complete"]
+    best = max(complete, key=lambda trial: trial["accuracy"])
+    for axes, name in zip(grid, ("number", *names), strict=False):
+        for state, color, marker in (("complete", BLUE, "o"), ("pruned", GREY, "x")):
+            found = [trial for trial in trials if trial["state"] == state and name in {"number", *trial["params"]}]
+            values = [_value(trial, name) for trial in found]
+            axes.scatter(values, [trial["accuracy"] for trial in found], 26, color=color, marker=marker, label=state)
+        axes.scatter(_value(best, name), best["accuracy"], 130, marker="*", color=ORANGE, zorder=3, label="best")
+        if name == "number":
+            steps = sorted(complete, key=lambda trial: trial["number"])
+            reached = np.maximum.accumulate([trial["accuracy"] for trial in steps])
+            axes.step([t["number"] for t in steps], reached, where="post", color=ORANGE, label="best so far", zorder=0)
+        if name in log_scales:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _plain(axes, "", "trial" if name == "number" else name.replace("_", " "), "")
+    for axes in list(figure.axes)[len(names) + 1 :]:
+        axes.remove()
+    for axes in list(figure.axes)[::columns]:
+        axes.set_ylabel("% of the validation images")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _save(figure, path)
+
+
+def _value(trial: Mapping[str, Any], name: str) -> float:
+    return trial["number"] if name == "number" else trial["params"][name]

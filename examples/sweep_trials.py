@@ -1,0 +1,95 @@
+"""The trials of a search, kept in a file: how many there are, which ones to repeat, which one was best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from images import DataError
+from optuna.trial import FrozenTrial, TrialState
+
+ERROR, REPEATS = "error", "repeats"
+
+
+class Trials:
+    """Trials in an SQLite file.
+
+    Of a trial that ends with an error, ``Tuner`` notes the error; one that fails without a note was interrupted, and so
+    was one that still seems to run, as one process at a time searches. Interrupted ones are repeated.
+
+    Args:
+        file: of the trials; it may exist already.
+        name: what is tuned to what.
+        settings: what all trials have in common.
+
+    Raises:
+        DataError: the trials in the file had other settings.
+    """
+
+    def __init__(self, file: Path, name: str, settings: Mapping[str, Any]) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.arguments = {"storage": f"sqlite:///{file}", "study_name": name, "load_if_exists": True}
+        self.study = optuna.create_study(**self.arguments, direction="maximize")
+        ours = json.loads(json.dumps(settings))
+        theirs = self.study.user_attrs.get("settings", ours)
+        other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
+        if other:
+            raise DataError(
+                f"The trials in {file} had {'; '.join(other)}. Use the same settings, or choose another --output."
+            )
+        self.study.set_user_attr("settings", ours)
+
+    def all(self) -> list[FrozenTrial]:
+        """All of them, as they are in the file."""
+        return self.study.get_trials()
+
+    def ended(self) -> list[FrozenTrial]:
+        """Those that came to an end: complete, pruned, or failed with an error."""
+        ends = (TrialState.COMPLETE, TrialState.PRUNED)
+        return [trial for trial in self.all() if trial.state in ends or ERROR in trial.user_attrs]
+
+    def repeat_interrupted(self) -> None:
+        """Puts the values of interrupted trials into the queue."""
+        for trial in self.all():
+            if trial.state == TrialState.RUNNING:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        repeated = {trial.user_attrs.get(REPEATS) for trial in self.all()}
+        for trial in self.all():
+            interrupted = trial.state == TrialState.FAIL and ERROR not in trial.user_attrs
+            if interrupted and trial.params and trial.number not in repeated:
+                self.study.enqueue_trial(trial.params, user_attrs={REPEATS: trial.number})
+
+    def best(self) -> FrozenTrial:
+        """The complete trial of the highest accuracy.
+
+        Raises:
+            DataError: none is complete.
+        """
+        complete = [trial for trial in self.ended() if trial.state == TrialState.COMPLETE]
+        if not complete:
+            errors = [trial.user_attrs[ERROR] for trial in self.ended() if ERROR in trial.user_attrs]
+            raise DataError(
+                f"At least one trial must come to its end, but of {len(self.ended())} none did. Errors: "
+                f"{'; '.join(dict.fromkeys(errors)) or 'none'}."
+            )
+        return max(complete, key=lambda trial: trial.value)
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Of each that came to an end: ``number``, ``state``, ``params``, ``accuracy`` (of a pruned one: its last)."""
+        return [
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                "params": trial.params,
+                "accuracy": trial.value if trial.state == TrialState.COMPLETE else _last(trial),
+                **({ERROR: trial.user_attrs[ERROR]} if ERROR in trial.user_attrs else {}),
+            }
+            for trial in self.ended()
+        ]
+
+
+def _last(trial: FrozenTrial) -> float | None:
+    return trial.intermediate_values[trial.last_step] if trial.last_step is not None else None

@@ -1,0 +1,147 @@
+"""Tune a vision transformer to your images with ``transformers.Trainer``, by any method.
+
+    python examples/train_image_classification.py                     # handwritten digits, nothing to download
+    python examples/train_image_classification.py --model google/vit-base-patch16-224-in21k --data my-images
+    python examples/train_image_classification.py --model microsoft/swin-tiny-patch4-window7-224 --data beans \\
+        --method vpt-shallow --seeds 0 1 2 --precision bf16 --push-to-hub me/beans-vpt
+
+``my-images`` holds one folder of images for each class, or ``train`` and ``test`` with such folders. The output holds
+the first seed's adapter with its image processor and model card, ``results.json``, a learning curve, a confusion matrix
+and, in a folder for each seed, Trainer's checkpoints: adapters, not backbones. ``torchrun`` starts it on several
+devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from classification_output import Report, Run
+from images import DataError
+from trainer_data import DatasetDict, split
+from trainer_task import Task, add_options, complete
+from trainer_tools import PRECISIONS, Pace, accuracy_of, last_checkpoint, peak_memory, quieted, training_arguments
+from training import METHODS, Method, Settings, be_quiet, load_backbone
+from transformers import Trainer
+
+from vpt_peft import VPTError, adamw, get_vpt_model
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked and completed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="vpt-deep", help="default: %(default)s")
+    add("--num-tokens", type=int, help="prompt length, in place of the method's own")
+    add("--accumulate", type=int, default=1, metavar="N", help="an optimizer's step every N batches (default: 1)")
+    add("--learning-rate", type=float, help="in place of the method's own")
+    add("--head-learning-rate", type=float, help="in place of the method's own")
+    add("--weight-decay", type=float, default=Settings.weight_decay, help="default: %(default)s")
+    add("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
+    add("--keep-best", action="store_true", help="keep the epoch that was best on a tenth of the training images")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the computation (default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="less memory for more time")
+    add("--workers", type=int, default=0, help="processes that load images (default: 0, the main one does)")
+    add("--resume", action="store_true", help="go on where an interrupted run of the same command stopped")
+    add("--push-to-hub", metavar="REPO", help="such as me/beans-vpt: upload what was trained, with its model card")
+    add("--private", action="store_true", help="create the repository as a private one")
+    add("--output", type=Path, default=Path("runs/train"), help="default: %(default)s")
+    args = complete(parser, parser.parse_args(argv))
+    if not args.resume and any(args.output.glob("seed-*/checkpoint-*")):
+        parser.error(f"{args.output} holds a run already. Add --resume to go on with it, or choose another --output.")
+    return args
+
+
+def chosen_method(args: argparse.Namespace) -> Method:
+    """The method, with what the command line changes of it."""
+    method = METHODS[args.method]
+    config = method.config
+    if args.num_tokens is not None:
+        if config is None or config.num_tokens == 0:
+            raise DataError(f"--num-tokens is for methods with prompts, got --method {args.method}.")
+        config = dataclasses.replace(config, num_tokens=args.num_tokens)
+    return dataclasses.replace(
+        method,
+        config=config,
+        learning_rate=args.learning_rate or method.learning_rate,
+        head_learning_rate=args.head_learning_rate or method.head_learning_rate,
+    )
+
+
+def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDict, seed: int) -> Run:
+    """Trains and tests with one seed."""
+    model = load_backbone(task.backbone, task.class_names, seed)
+    tuned = model if method.config is None else get_vpt_model(model, method.config)
+    folder = args.output / f"seed-{seed}"
+    settings = training_arguments(
+        output_dir=str(folder),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=4 * args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=args.keep_best,
+        metric_for_best_model="accuracy" if args.keep_best else None,
+        seed=seed,
+        precision=args.precision,
+        gradient_checkpointing=args.gradient_checkpointing,
+        dataloader_num_workers=args.workers,
+    )
+    pace = Pace()
+    rates = {"learning_rate": method.learning_rate, "head_learning_rate": method.head_learning_rate}
+    trainer = Trainer(
+        tuned,
+        settings,
+        train_dataset=task.for_training(splits["train"]),
+        eval_dataset=task.for_testing(splits["validation" if args.keep_best else "test"]),
+        compute_metrics=accuracy_of,
+        optimizer_cls_and_kwargs=adamw(tuned, **rates, weight_decay=args.weight_decay),
+        callbacks=[pace],
+    )
+    quieted(trainer, f"{method.title}, seed {seed}").train(
+        resume_from_checkpoint=last_checkpoint(folder) if args.resume else None
+    )
+    tested = trainer.predict(task.for_testing(splits["test"]))
+    memory, kind = peak_memory()
+    return Run(
+        seed=seed,
+        accuracy=tested.metrics["test_accuracy"],
+        loss=tested.metrics["test_loss"],
+        parameters=sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad),
+        images_per_second=pace.images_per_second(len(splits["train"]), trainer.state.max_steps / args.epochs),
+        seconds=pace.seconds,
+        memory_mib=memory,
+        memory_of=kind,
+        history=trainer.state.log_history,
+        predictions=tested.predictions.argmax(-1).tolist(),
+        labels=tested.label_ids.tolist(),
+        model=tuned,
+        main=trainer.is_world_process_zero(),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the example."""
+    args = arguments(argv)
+    be_quiet()
+    try:
+        method, task = chosen_method(args), Task.load(args, args.seeds[0])
+        splits = task.splits
+        if args.keep_best:
+            parts = split(splits["train"], 0.1, args.seeds[0])
+            splits = DatasetDict(train=parts["train"], validation=parts["test"], test=splits["test"])
+        report = Report(args, method, task, splits)
+        for seed in args.seeds:
+            report.add(run(args, method, task, splits, seed))
+        report.finish()
+    except (DataError, VPTError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Image data sets for ``transformers.Trainer``: a local folder, one of the Hub or the handwritten digits, prepared by a
+checkpoint's own image processor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from augmentation import RandomCropAndFlip
+from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset
+from datasets import Image as ImageFeature
+from images import TEST_SPLITS, DataError, ImageSet
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
+from transformers.image_processing_base import ImageProcessingMixin
+
+IMAGE, LABEL = "image", "label"
+
+
+# -- image processors -----------------------------------------------------------------------------------------------
+
+
+def load_image_processor(model_name: str) -> Any:
+    """The checkpoint's own image processor; where it comes without one, 0.5 for mean and deviation and its own size.
+
+    Raises:
+        DataError: there is no such checkpoint, or it is not for images.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(model_name)
+    except ImportError:  # some versions of transformers cannot do this without torchvision
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(model_name)
+        name = str(settings.get("image_processor_type", "ViTImageProcessor")).removesuffix("Fast")
+        return getattr(transformers, f"{name}Pil")(**settings)
+    except (OSError, ValueError):
+        return ViTImageProcessorPil(size=dict(zip(("height", "width"), _image_size(model_name), strict=True)))
+
+
+def _image_size(model_name: str) -> tuple[int, int]:
+    try:
+        size = AutoConfig.from_pretrained(model_name).image_size
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"The model must be the name or folder of a checkpoint for images, got '{model_name}': {error}"
+        ) from error
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def processed_size(processor: Any) -> tuple[int, int]:
+    """``(height, width)`` of what an image processor makes of an image."""
+    crops = getattr(processor, "do_center_crop", False)
+    size = dict(processor.crop_size if crops else processor.size)
+    side = size.get("shortest_edge")
+    return (size.get("height") or side, size.get("width") or side)
+
+
+# -- data sets ------------------------------------------------------------------------------------------------------
+
+
+def load_data(source: str, seed: int, image_column: str | None = None, label_column: str | None = None) -> DatasetDict:
+    """Splits ``train`` and ``test`` with the columns ``image`` and ``label``.
+
+    Args:
+        source: a folder that holds one folder of images for each class, or ``train`` and ``test`` (or ``validation``)
+            with such folders; or the name of an image data set on the Hub.
+        seed: where there is no test split, one image in five of each class is drawn for it at random.
+        image_column, label_column: where they are, if their types do not tell.
+
+    Raises:
+        DataError: nothing usable is there.
+    """
+    try:
+        local = os.path.isdir(source)
+        splits = load_dataset("imagefolder", data_dir=source) if local else load_dataset(source)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The data must be a folder with a folder of images for each class, or the name of an image data set on "
+            f"the Hub, got '{source}': {error}"
+        ) from error
+    if "train" not in splits:
+        raise DataError(f"'{source}' must have a split named train, got {', '.join(splits)}.")
+    train = with_columns(splits["train"], source, image_column, label_column)
+    test = next((name for name in TEST_SPLITS if name in splits), None)
+    if test is None:
+        return split(train, 0.2, seed)
+    held_out = with_columns(splits[test], source, image_column, label_column)
+    return DatasetDict(train=train, test=held_out.cast_column(LABEL, train.features[LABEL]))
+
+
+def with_columns(rows: Dataset, source: str, image: str | None, label: str | None) -> Dataset:
+    """The rows with two columns, ``image`` and ``label``, found by their types where they are not named."""
+    image = image or _column(rows, source, IMAGE, "Image")
+    label = label or _column(rows, source, LABEL, "ClassLabel")
+    missing = [name for name in (image, label) if name not in rows.features]
+    if missing:
+        raise DataError(f"'{source}' must have the column {missing[0]}, got {', '.join(rows.features)}.")
+    rows = rows.select_columns([image, label])
+    for old, new in ((image, IMAGE), (label, LABEL)):
+        rows = rows if old == new else rows.rename_column(old, new)
+    if not isinstance(rows.features[LABEL], ClassLabel):
+        rows = rows.class_encode_column(LABEL)
+    if rows.features[LABEL].num_classes < 2:
+        raise DataError(f"'{source}' must have at least two classes, got {rows.features[LABEL].names}.")
+    return rows
+
+
+def _column(rows: Dataset, source: str, name: str, kind: str) -> str:
+    found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
+    if name in found or len(found) == 1:
+        return name if name in found else found[0]
+    raise DataError(
+        f"'{source}' must have one column of type {kind}, got {len(found)} among {dict(rows.features)}. "
+        f"Name it by --{name}-column."
+    )
+
+
+def split(rows: Dataset, share: float, seed: int) -> DatasetDict:
+    """``train`` and ``test``, with a share of each class's images in ``test``."""
+    try:
+        return rows.train_test_split(share, seed=seed, stratify_by_column=LABEL)
+    except ValueError:  # too few images of some class for that
+        return rows.train_test_split(share, seed=seed)
+
+
+def from_images(images: ImageSet) -> Dataset:
+    """Images in memory as a data set."""
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.images]
+    features = Features({IMAGE: ImageFeature(), LABEL: ClassLabel(names=list(images.class_names))})
+    return Dataset.from_dict({IMAGE: pictures, LABEL: images.labels.tolist()}, features=features)
+
+
+def prepared(rows: Dataset, processor: Any, augmentation: RandomCropAndFlip | None = None) -> Dataset:
+    """The rows as a model reads them, made when they are asked for: ``pixel_values`` and ``labels``.
+
+    Args:
+        augmentation: in place of the processor's own resizing and cropping, for training.
+    """
+    return rows.with_transform(_Transform(processor, augmentation))
+
+
+class _Transform:
+    """A batch of rows to what a model reads; a class, so that worker processes can be sent it."""
+
+    def __init__(self, processor: Any, augmentation: Callable[[Image.Image], Image.Image] | None) -> None:
+        self.processor, self.augmentation = processor, augmentation
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        pictures = [picture.convert("RGB") for picture in rows[IMAGE]]
+        kwargs = {"return_tensors": "pt"}
+        if self.augmentation is not None:
+            pictures = [self.augmentation(picture) for picture in pictures]
+            kwargs |= {"do_resize": False, "do_center_crop": False}
+        return {"pixel_values": self.processor(pictures, **kwargs)["pixel_values"], "labels": rows[LABEL]}
+
+
+def public_name(source: str) -> str:
+    """The name of a folder, without where it lies on this machine; a name on the Hub stays as it is."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
