@@ -159,6 +159,6 @@ class Report:
             create_repo(repo, private=private, exist_ok=True)
             commit = upload_folder(
                 repo_id=repo, folder_path=folder, allow_patterns=["*.json", "*.safetensors", "README.md"],
-                ignore_patterns=["seed-*", "backbone", "results.json"],
+                ignore_patterns=["seed-*", "backbone/*", "results.json", "settings.json"],
             )  # fmt: skip
         return str(commit.commit_url)

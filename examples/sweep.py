@@ -159,17 +159,21 @@ class Search:
         )
         steps = self.args.epochs * -(-len(parts["train"]) // self.args.batch_size)
         seed = self.args.seed + len(trials.all())  # the same one would draw what it has drawn before
-        tuner.hyperparameter_search(
-            self.space,
-            compute_objective=lambda metrics: metrics["eval_accuracy"],
-            n_trials=number,
-            direction="maximize",
-            backend="optuna",
-            sampler=optuna.samplers.TPESampler(seed=seed),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=steps // 3),
-            catch=(Exception,),
-            **trials.arguments,
-        )
+        try:
+            tuner.hyperparameter_search(
+                self.space,
+                compute_objective=lambda metrics: metrics["eval_accuracy"],
+                n_trials=number,
+                direction="maximize",
+                backend="optuna",
+                sampler=optuna.samplers.TPESampler(seed=seed),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=steps // 3),
+                catch=(Exception,),
+                **trials.arguments,
+            )
+        except ValueError:
+            trials.best()  # where there is none, it says why, and Optuna only that there is none
+            raise
 
     def retrain(self, values: dict[str, Any]) -> float:
         """Trains with these hyperparameters on all training images, saves the adapter and returns its test accuracy."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.resume and any(args.output.glob("seed-*/checkpoint-*")):
         parser.error(f"{args.output} holds a run already. Add --resume to go on with it, or choose another --output.")
     return args
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """A run goes on with the settings that it began with; they are kept beside it."""
+    left_out = ("seeds", "resume", "workers", "push_to_hub", "private", "output", "model", "data")
+    file = args.output / "settings.json"
+    ours = {name: value for name, value in vars(args).items() if name not in left_out}
+    theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
+    other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
+    if other:
+        raise DataError(
+            f"The run in {args.output} had {'; '.join(other)}. Use the same settings, or choose another --output."
+        )
+    args.output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ours, indent=1), encoding="utf-8")
 
 
 def chosen_method(args: argparse.Namespace) -> Method:
@@ -130,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     be_quiet()
     try:
-        method, task = chosen_method(args), Task.load(args, args.seeds[0])
+        method = chosen_method(args)
+        check_settings(args)
+        task = Task.load(args, args.seeds[0])
         splits = task.splits
         if args.keep_best:
             parts = split(splits["train"], 0.1, args.seeds[0])

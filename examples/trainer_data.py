@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from augmentation import RandomCropAndFlip
-from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from images import TEST_SPLITS, DataError, ImageSet
 from PIL import Image
@@ -24,19 +24,29 @@ IMAGE, LABEL = "image", "label"
 
 
 def load_image_processor(model_name: str) -> Any:
-    """The checkpoint's own image processor; where it comes without one, 0.5 for mean and deviation and its own size.
+    """The checkpoint's own image processor; where it comes without one, 0.5 for mean and deviation.
 
     Raises:
         DataError: there is no such checkpoint, or it is not for images.
     """
+    height, width = _image_size(model_name)
+    size = {"size": {"height": height, "width": width}}
     try:
-        return AutoImageProcessor.from_pretrained(model_name)
+        processor = _from_pretrained(model_name)
+        if processed_size(processor) == (height, width):
+            return processor
+        return _from_pretrained(model_name, do_center_crop=False, **size)  # the backbone takes its own size only
+    except (OSError, ValueError):
+        return ViTImageProcessorPil(**size)
+
+
+def _from_pretrained(model_name: str, **changes: Any) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(model_name, **changes)
     except ImportError:  # some versions of transformers cannot do this without torchvision
         settings, _ = ImageProcessingMixin.get_image_processor_dict(model_name)
         name = str(settings.get("image_processor_type", "ViTImageProcessor")).removesuffix("Fast")
-        return getattr(transformers, f"{name}Pil")(**settings)
-    except (OSError, ValueError):
-        return ViTImageProcessorPil(size=dict(zip(("height", "width"), _image_size(model_name), strict=True)))
+        return getattr(transformers, f"{name}Pil")(**{**settings, **changes})
 
 
 def _image_size(model_name: str) -> tuple[int, int]:
@@ -86,12 +96,18 @@ def load_data(source: str, seed: int, image_column: str | None = None, label_col
     test = next((name for name in TEST_SPLITS if name in splits), None)
     if test is None:
         return split(train, 0.2, seed)
-    held_out = with_columns(splits[test], source, image_column, label_column)
-    return DatasetDict(train=train, test=held_out.cast_column(LABEL, train.features[LABEL]))
+    held_out = with_columns(splits[test], source, image_column, label_column, train.features[LABEL])
+    return DatasetDict(train=train, test=held_out)
 
 
-def with_columns(rows: Dataset, source: str, image: str | None, label: str | None) -> Dataset:
-    """The rows with two columns, ``image`` and ``label``, found by their types where they are not named."""
+def with_columns(
+    rows: Dataset, source: str, image: str | None, label: str | None, classes: ClassLabel | None = None
+) -> Dataset:
+    """The rows with two columns, ``image`` and ``label``, found by their types where they are not named.
+
+    Args:
+        classes: those of the training images; None: these are the training images.
+    """
     image = image or _column(rows, source, IMAGE, "Image")
     label = label or _column(rows, source, LABEL, "ClassLabel")
     missing = [name for name in (image, label) if name not in rows.features]
@@ -100,11 +116,23 @@ def with_columns(rows: Dataset, source: str, image: str | None, label: str | Non
     rows = rows.select_columns([image, label])
     for old, new in ((image, IMAGE), (label, LABEL)):
         rows = rows if old == new else rows.rename_column(old, new)
-    if not isinstance(rows.features[LABEL], ClassLabel):
-        rows = rows.class_encode_column(LABEL)
-    if rows.features[LABEL].num_classes < 2:
-        raise DataError(f"'{source}' must have at least two classes, got {rows.features[LABEL].names}.")
+    if not isinstance(rows.features[LABEL], ClassLabel):  # words or numbers, each a class of its own
+        words = rows.cast_column(LABEL, Value("string"))
+        found = sorted(words.unique(LABEL))
+        classes = classes or ClassLabel(names=found)
+        _check_classes(source, classes.names, set(found) <= set(classes.names), found)
+        return words.cast_column(LABEL, classes)
+    classes = classes or rows.features[LABEL]
+    found = rows.features[LABEL].names
+    _check_classes(source, classes.names, found == classes.names, found)
     return rows
+
+
+def _check_classes(source: str, known: list[str], fits: bool, found: list[str]) -> None:
+    if len(known) < 2:
+        raise DataError(f"'{source}' must have at least two classes, got {known}.")
+    if not fits:
+        raise DataError(f"The test images of '{source}' must have the classes {known}, got {found}.")
 
 
 def _column(rows: Dataset, source: str, name: str, kind: str) -> str:

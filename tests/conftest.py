@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from hub_server import HubServer
 HUB = HubServer()
 HUB.take_process()  # before the client is imported, which reads its address then; no test reaches the network
 
+from PIL import Image  # noqa: E402
 from tiny import BUILDERS, Tiny  # noqa: E402
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -53,3 +56,32 @@ def _seeded() -> Iterator[None]:
 def new(tiny: Tiny) -> Callable[[], Tiny]:
     """Builds the same model again."""
     return BUILDERS[tiny.name]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny ViT and its image processor."""
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder with a folder of pictures for each class: all red, all green, ..."""
+
+    def make(name: str, classes: str = "red green", number: int = 5, splits: tuple[str, ...] = ("",)) -> Path:
+        for color in classes.split():
+            for split in splits:
+                folder = tmp_path / name / split / color
+                folder.mkdir(parents=True)
+                for index in range(number):
+                    Image.new("RGB", (20 + index, 16), color).save(folder / f"{index}.png")
+        return tmp_path / name
+
+    return make

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -26,35 +25,6 @@ import training
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--epochs", "1"]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny ViT and its image processor."""
-    folder = tmp_path_factory.mktemp("tiny-vit")
-    torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def picture_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder with a folder of pictures for each class: all red, all green, ..."""
-
-    def make(name: str, classes: str = "red green", number: int = 5, splits: tuple[str, ...] = ("",)) -> Path:
-        for color in classes.split():
-            for split in splits:
-                folder = tmp_path / name / split / color
-                folder.mkdir(parents=True)
-                for index in range(number):
-                    Image.new("RGB", (20 + index, 16), color).save(folder / f"{index}.png")
-        return tmp_path / name
-
-    return make
 
 
 def an_image_set(number_a_class: int = 10) -> images.ImageSet:

@@ -1,0 +1,264 @@
+"""The hyperparameter search and the loop with accelerate, in a setting of seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import accelerate_loop
+import digits
+import sweep
+from images import DataError
+from sweep_trials import Trials
+
+from vpt_peft import AutoVPTModel
+
+ROOT = Path(__file__).resolve().parents[1]
+Run = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """What accelerate sets up for a process ends with its test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path) -> Run:
+    """Runs a search with a tiny ViT on pictures in colors, and gives its output folder."""
+    data = picture_folder("colors", "red green", number=10, splits=("train", "test"))
+    command = ["--model", str(checkpoint), "--data", str(data), "--epochs", "2", "--output", str(tmp_path / "out")]
+
+    def start(trials: int, *options: str) -> Path:
+        sweep.main([*command, "--trials", str(trials), "--most-tokens", "4", *options])
+        return tmp_path / "out"
+
+    return start
+
+
+def states(folder: Path) -> list[str]:
+    """How each trial in the file ended."""
+    with closing(sqlite3.connect(folder / "trials.db")) as connection:
+        return [state for (state,) in connection.execute("SELECT state FROM trials ORDER BY number")]
+
+
+def params(folder: Path) -> list[dict[str, Any]]:
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'trials.db'}")
+    return [trial.params for trial in study.trials]
+
+
+def interrupting(function: Callable[..., Any], call: int, error: BaseException) -> Callable[..., Any]:
+    """The function, but one of its calls raises."""
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return function(*args, **kwargs)
+
+    return called
+
+
+# -- the search -----------------------------------------------------------------------------------------------------
+
+
+def test_a_search_goes_on_where_it_stopped_and_then_only_retrains(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(1)
+    assert len(states(folder)) == 1
+    run(3)
+    assert len(states(folder)) == 3
+    assert len({str(values) for values in params(folder)}) == 3, "what was drawn before is not drawn again"
+
+    with Image.open(folder / "sweep.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300
+    results = json.loads((folder / "results.json").read_text())
+    assert [trial["number"] for trial in results["trials"]] == [0, 1, 2]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    best = results["trials"][results["best"]]["params"]
+    assert config["num_tokens"] == best["num_tokens"] and len(config["layers_to_transform"]) == best["depth"]
+    assert AutoVPTModel.from_pretrained(folder).config.id2label == {0: "green", 1: "red"}
+    assert "| accuracy, % of 20 test images |" in (folder / "README.md").read_text()
+
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(sweep.Search, "run", None)
+    run(3)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert "Best of 3: trial" in capsys.readouterr().out
+
+
+def test_an_interrupted_trial_is_repeated(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sweep, "accuracy_of", interrupting(sweep.accuracy_of, 4, KeyboardInterrupt()))
+        run(3)
+    assert states(folder) == ["COMPLETE", "FAIL"]
+
+    run(3)
+
+    assert sorted(states(folder)) == ["COMPLETE"] * 3 + ["FAIL"]
+    assert params(folder)[1] == params(folder)[2]
+    run(3)
+    assert len(states(folder)) == 4, "nothing is left to do"
+
+
+def test_a_trial_that_was_killed_is_repeated(run: Run) -> None:
+    folder = run(1)
+    with closing(sqlite3.connect(folder / "trials.db")) as connection:
+        connection.execute("UPDATE trials SET state = 'RUNNING'")
+        connection.commit()
+    run(1)
+    assert states(folder) == ["FAIL", "COMPLETE"]
+    assert params(folder)[0] == params(folder)[1]
+
+
+def test_a_failed_trial_does_not_end_the_search(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "accuracy_of", interrupting(sweep.accuracy_of, 2, RuntimeError("out of memory")))
+        folder = run(3)
+    assert states(folder) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert json.loads((folder / "results.json").read_text())["trials"][0]["error"] == "RuntimeError: out of memory"
+    run(3)
+    assert len(states(folder)) == 3, "it counts as tried"
+
+
+def test_without_a_trial_that_ends_the_errors_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(prediction: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sweep, "accuracy_of", fail)
+    with pytest.raises(SystemExit, match=r"of 2 none did\. Errors: RuntimeError: out of memory"):
+        run(2)
+
+
+def test_bad_trials_are_pruned(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = optuna.pruners.ThresholdPruner(lower=101)
+    monkeypatch.setattr(sweep.optuna.pruners, "MedianPruner", lambda **kwargs: pruner)
+    with pytest.raises(SystemExit, match="of 2 none did"):
+        run(2)
+    assert states(tmp_path / "out") == ["PRUNED", "PRUNED"]
+
+
+def test_a_search_with_other_settings_is_refused(run: Run) -> None:
+    run(1)
+    with pytest.raises(SystemExit, match="had seed 0, not 1"):
+        run(2, "--seed", "1")
+
+
+def test_every_trial_starts_from_the_same_backbone(
+    checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = picture_folder("colors", number=10)
+    args = sweep.arguments(
+        ["--model", str(checkpoint), "--data", str(data), "--epochs", "1", "--output", str(tmp_path / "out")]
+    )
+    search = sweep.Search(args, sweep.Task.load(args, 0))
+    before = {name: tensor.clone() for name, tensor in search.backbone.state_dict().items()}
+    trials = Trials(tmp_path / "trials.db", "colors", {})
+    search.run(trials, 2)
+    vpt = search.model_init({"num_tokens": 3, "depth": 1, "learning_rate": 1e-3})  # as Ray hands them over
+    assert (vpt.active_config.num_tokens, vpt.active_config.layers_to_transform) == (3, (0,))
+    search.vpt.unload()  # type: ignore[union-attr]
+    after = search.backbone.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_trials_of_other_settings_are_told_apart(tmp_path: Path) -> None:
+    Trials(tmp_path / "trials.db", "pets", {"epochs": 3, "flip": True})
+    Trials(tmp_path / "trials.db", "pets", {"epochs": 3, "flip": True})
+    with pytest.raises(DataError, match=r"had epochs 3, not 4\. Use the same settings"):
+        Trials(tmp_path / "trials.db", "pets", {"epochs": 4, "flip": True})
+
+
+# -- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loop(checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., list[str]]:
+    """The arguments of the loop with a tiny ViT on pictures in colors."""
+    data = picture_folder("colors", "red green blue", splits=("train", "test"))
+
+    def arguments(output: str, *options: str) -> list[str]:
+        where = ["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / output)]
+        return [*where, "--epochs", "4", "--save-every", "2", "--batch-size", "4", *options]
+
+    return arguments
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_resumed_loop_computes_what_it_would_have_computed(
+    loop: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accelerate_loop.main(loop("whole"))
+    assert "of the 15 test images are right, with 1 processes" in capsys.readouterr().out
+    state = tmp_path / "whole/state-2"
+    halfway = load_file(state / "model.safetensors").values()
+    assert not any(torch.equal(tensor, weights(tmp_path / "whole")["head.classifier.weight"]) for tensor in halfway)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate_loop.main(loop("resumed", "--resume", str(state)))
+
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_a_state_of_the_loop_holds_no_backbone(loop: Callable[..., list[str]], tmp_path: Path) -> None:
+    accelerate_loop.main(loop("out"))
+    names = load_file(tmp_path / "out/state-4/model.safetensors")
+    assert names and all(name.startswith("adapters.") for name in names)
+
+
+def test_the_loop_refuses_to_resume_from_what_is_no_state(
+    loop: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        accelerate_loop.main(loop("out", "--resume", str(tmp_path)))
+    assert "must be a folder that this script saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"],
+                                      ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]])  # fmt: skip
+def test_the_loop_runs_under_launchers(launcher: list[str], loop: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", *launcher, str(ROOT / "examples/accelerate_loop.py"), *loop("out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    number = 2 if "--nproc-per-node" in launcher else 1
+    assert f"of the 15 test images are right, with {number} processes" in done.stdout
+    assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"prompts", "head"}
+
+
+def test_search_and_loop_take_digits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "PRETRAINING_EPOCHS", 1)
+    accelerate_loop.main(["--epochs", "1", "--output", str(tmp_path / "both")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sweep.main(["--epochs", "1", "--trials", "1", "--output", str(tmp_path / "both")])
+    assert json.loads((tmp_path / "both/results.json").read_text())["task"] == "small ViT, handwritten digits 5 to 9"
