@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from PIL import Image
 
 HUB = HubServer()
 HUB.take_process()  # before the client is imported, which reads its address then; no test reaches the network
 
-from PIL import Image  # noqa: E402
 from tiny import BUILDERS, Tiny  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil  # noqa: E402
 
