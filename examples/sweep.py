@@ -57,7 +57,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 class Arguments(TrainingArguments):
     """Trainer's settings and the head's learning rate, so that a search sets it as it sets the others."""
 
-    head_learning_rate: float = 3e-2
+    head_learning_rate: float = 1e-2
 
 
 class Tuner(Trainer):

@@ -210,6 +210,19 @@ def test_prompts_and_head_get_their_own_learning_rates(tiny: Tiny, trainer: Any)
     assert {got[name] for name in got if name.startswith("bias.")} == {(1e-3, 0.0)}
 
 
+def test_a_whole_model_that_trains_has_a_head_too(tiny: Tiny) -> None:
+    rates = {
+        id(parameter): group["lr"]
+        for group in parameter_groups(tiny.model, 1e-4, 1e-3)
+        for parameter in group["params"]
+    }
+    head = {id(parameter) for parameter in tiny.model.classifier.parameters()}
+    assert rates == {id(one): 1e-3 if id(one) in head else 1e-4 for one in tiny.model.parameters()}
+    with pytest.raises(AdapterError, match="got Linear, whose head is not known"):
+        parameter_groups(torch.nn.Linear(2, 2))
+    assert parameter_groups(torch.nn.Linear(2, 2), 1e-3, None)[0]["lr"] == 1e-3
+
+
 def test_parameter_groups_refuse_what_makes_no_sense(vit: Tiny, tmp_path: Path) -> None:
     vpt = vit.prompted()
     with pytest.raises(AdapterError, match="head_learning_rate must be a number of at least 0, got -1"):

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .errors import AdapterError, shown
+from .backbones import find_backbone
+from .errors import AdapterError, UnsupportedModelError, shown
 from .model import VPTModel
 
 
 def parameter_groups(
     model: nn.Module,
     learning_rate: float = 3e-3,
-    head_learning_rate: float | None = 3e-2,
+    head_learning_rate: float | None = 1e-2,
     weight_decay: float = 0.01,
 ) -> list[dict[str, Any]]:
     """What trains, in groups for any optimizer of torch: prompts and whatever else there is, and the head.
 
     Args:
-        model: a :class:`~vpt_peft.VPTModel`, wrapped or not, whose active adapter trains; any other model has no head.
+        model: a :class:`~vpt_peft.VPTModel`, wrapped or not, whose active adapter trains; or a supported model of
+            ``transformers``, all of which trains.
         learning_rate: of the prompts.
         head_learning_rate: of the head; None: the same.
         weight_decay: of matrices; biases and norms, which have one dimension, get none.
@@ -30,15 +34,19 @@ def parameter_groups(
         Up to four groups, each with ``params``, ``lr`` and ``weight_decay``; none is empty.
 
     Raises:
-        AdapterError: a value is out of range, or nothing trains.
+        AdapterError: a value is out of range, nothing trains, or the model's head is not known.
     """
     head_learning_rate = learning_rate if head_learning_rate is None else head_learning_rate
     values = {"learning_rate": learning_rate, "head_learning_rate": head_learning_rate, "weight_decay": weight_decay}
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise AdapterError(f"{name} must be a number of at least 0, got {shown(value)}.")
-    models = [module for module in model.modules() if isinstance(module, VPTModel)]  # wrapped for DDP, say, or not
-    head = {id(parameter) for vpt in models for parameter in vpt._active.head_parameters()}
+    head = {id(parameter) for parameter in _head_parameters(model)}
+    if not head and head_learning_rate != learning_rate:
+        raise AdapterError(
+            f"head_learning_rate needs a VPTModel or a model that it could be made from, got {type(model).__name__}, "
+            "whose head is not known. Set it to None."
+        )
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -53,6 +61,16 @@ def parameter_groups(
         }
         for (of_head, is_matrix), parameters in groups.items()
     ]
+
+
+def _head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    adapted = [module for module in model.modules() if isinstance(module, VPTModel)]
+    for vpt in adapted:
+        yield from vpt._active.head_parameters()
+    if not adapted:
+        with suppress(UnsupportedModelError):
+            for path in find_backbone(model).head.paths:
+                yield from model.get_submodule(path).parameters()
 
 
 def adamw(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[type[torch.optim.AdamW], dict[str, Any]]:
