@@ -148,6 +148,12 @@ def test_any_word_is_a_name(tiny: Tiny, two: VPTModel, name: str) -> None:
         two.delete_adapter(name)
 
 
+def test_adapters_are_told_as_peft_tells_them(two: VPTModel) -> None:
+    two.set_adapter("cars")
+    assert two.active_adapters == ["cars"] and two.active_adapter == "cars"
+    assert list(two.peft_config) == ["birds", "cars"] and two.peft_config["cars"] == two.active_config
+
+
 def test_the_status_names_what_is_attached(two: VPTModel) -> None:
     status = two.get_model_status()
     assert status.available_adapters == ["birds", "cars"]

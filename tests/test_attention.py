@@ -43,7 +43,7 @@ def test_switching_the_implementation_keeps_the_prompts(
     bare = logits(tiny.model, tiny.pixel_values)
     vpt = tiny.prompted(**config)
     expected = logits(vpt, tiny.pixel_values)
-    tiny.model.set_attn_implementation(implementation)
+    vpt.set_attn_implementation(implementation)
     torch.testing.assert_close(logits(vpt, tiny.pixel_values), expected, atol=1e-5, rtol=0)
     assert (expected - bare).abs().max() > 1e-3
     torch.testing.assert_close(logits(tiny.model, tiny.pixel_values), bare, atol=1e-5, rtol=0)

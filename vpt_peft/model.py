@@ -61,6 +61,16 @@ class VPTModel(SavableModel):
         return self._active_adapter
 
     @property
+    def active_adapters(self) -> list[str]:
+        """The same in a list, as in PEFT."""
+        return [self._active_adapter]
+
+    @property
+    def peft_config(self) -> dict[str, PromptConfig]:
+        """The config of each adapter."""
+        return {name: adapter.config for name, adapter in self._adapters.items()}
+
+    @property
     def active_config(self) -> PromptConfig:
         """The active adapter's config."""
         return self._active.config

@@ -108,6 +108,10 @@ class AdaptedModel(PreTrainedModel):
             )
         return super().to(*args, **kwargs)
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Sets the backbone's attention, as its own method does; prompts go on reaching it."""
+        self.base_model.set_attn_implementation(*args, **kwargs)
+
     def get_input_embeddings(self) -> Any:
         """The backbone's."""
         return self.base_model.get_input_embeddings()
