@@ -119,7 +119,7 @@ def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence
     complete = [trial for trial in trials if trial["state"] == "complete"]
     best = max(complete, key=lambda trial: trial["accuracy"])
     for axes, name in zip(grid, ("number", *names), strict=False):
-        for state, color, marker in (("complete", BLUE, "o"), ("pruned", GREY, "x")):
+        for state, color, marker in (("complete", BLUE, "o"), ("pruned", GREY, "x")):  # pruned: at its last epoch
             found = [trial for trial in trials if trial["state"] == state and name in {"number", *trial["params"]}]
             values = [_value(trial, name) for trial in found]
             axes.scatter(values, [trial["accuracy"] for trial in found], 26, color=color, marker=marker, label=state)
@@ -130,7 +130,9 @@ def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence
             axes.step([t["number"] for t in steps], reached, where="post", color=ORANGE, label="best so far", zorder=0)
         if name in log_scales:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            tried = [trial["params"][name] for trial in trials if name in trial["params"]]
+            wide = max(tried) > 100 * min(tried)  # more labels would run into each other
+            axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=6))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:

@@ -27,7 +27,7 @@ import digits
 from images import DataError
 from sweep_trials import Trials
 
-from vpt_peft import AutoVPTModel
+from vpt_peft import AutoVPTModel, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 # Under a name of its own: the benchmarks have a script of the same name.
@@ -191,6 +191,19 @@ def test_every_trial_starts_from_the_same_backbone(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_trial_trains_with_the_rates_that_it_drew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def groups(model: Any, *rates: float) -> Any:
+        used.append(rates)
+        return parameter_groups(model, *rates)
+
+    monkeypatch.setattr(sweep, "parameter_groups", groups)
+    drawn = params(run(2))
+    names = ("learning_rate", "head_learning_rate", "weight_decay")
+    assert used == [tuple(trial[name] for name in names) for trial in drawn]
+
+
 def test_trials_of_other_settings_are_told_apart(tmp_path: Path) -> None:
     Trials(tmp_path / "trials.db", "pets", {"epochs": 3, "flip": True})
     Trials(tmp_path / "trials.db", "pets", {"epochs": 3, "flip": True})
@@ -229,6 +242,7 @@ def test_a_resumed_loop_computes_what_it_would_have_computed(
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerate_loop.main(loop("resumed", "--resume", str(state)))
 
+    assert [path.name for path in (tmp_path / "resumed").glob("state-*")] == ["state-4"], "it goes on behind epoch 2"
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert whole.keys() == resumed.keys()
     for name in whole:

@@ -145,8 +145,13 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(run: Run, monkeypatch: p
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(trainer_tools.Pace, "on_epoch_end", interrupt)
         run(epochs=3)
+    begun: list[float] = []
+    monkeypatch.setattr(
+        trainer_tools.Pace, "on_epoch_begin", lambda self, args, state, *_, **__: begun.append(state.epoch)
+    )
     resumed = run("--resume", epochs=3)
 
+    assert begun == [1, 2], "the first epoch is not trained again"
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
     histories = [json.loads((folder / "results.json").read_text())["histories"]["0"] for folder in (whole, resumed)]
