@@ -33,8 +33,11 @@ class Preprocessing:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @classmethod
-    def of(cls, model_name: str) -> Preprocessing:
+    def of(cls, model_name: str, image_size: int | None = None) -> Preprocessing:
         """The checkpoint's own mean and standard deviation, or 0.5 and 0.5 where it comes without a processor.
+
+        Args:
+            image_size: None: the checkpoint's own.
 
         Raises:
             DataError: there is no such checkpoint, or it is not for images.
@@ -45,7 +48,7 @@ class Preprocessing:
             raise DataError(
                 f"The model must be the name or folder of a checkpoint for images, got '{model_name}': {error}"
             ) from error
-        size = size if isinstance(size, int) else size[0]
+        size = image_size or (size if isinstance(size, int) else size[0])
         try:
             # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
             settings, _ = ImageProcessingMixin.get_image_processor_dict(model_name)

@@ -1,4 +1,4 @@
-"""The example and the accuracy benchmark, in a setting of seconds."""
+"""The examples' image sets and training, and the quickstart, in a setting of seconds."""
 
 from __future__ import annotations
 
@@ -201,59 +201,3 @@ def test_the_same_seed_gives_the_same_result(checkpoint: Path, tmp_path: Path) -
 
 def training_set_of_size(part: images.ImageSet, size: int) -> images.ImageSet:
     return images.ImageSet(part.images[..., :size, :size], part.labels, part.class_names, part.preprocessing)
-
-
-# -- the accuracy benchmark -----------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_prints_a_table_and_resumes(
-    checkpoint: Path,
-    picture_folder: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data = [str(picture_folder("colors")), str(picture_folder("others", "blue white"))]
-    output = tmp_path / "results.json"
-    command = ["--model", str(checkpoint), "--data", *data, "--seeds", "0", "1", *QUICK, "--output", str(output)]
-    accuracy.main(command)
-    table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + 2 * 4
-    assert "±" in table
-    runs = json.loads(output.read_text())
-    assert len(runs) == 2 * 2 * 4
-    assert {run["data"] for run in runs} == {"colors", "others"}
-    assert str(tmp_path.parent) not in output.read_text(), "no machine paths"
-    full = next(run for run in runs if run["method"] == "full")
-    assert full["parameters"] > 10 * next(run for run in runs if run["method"] == "vpt-deep")["parameters"]
-
-    with pytest.raises(SystemExit):
-        accuracy.main(command)
-    assert "Add --resume" in capsys.readouterr().err
-
-    monkeypatch.setattr(accuracy, "tune", None)  # nothing is trained a second time
-    accuracy.main([*command, "--resume"])
-    assert capsys.readouterr().out == table
-
-
-def test_validation_leaves_the_test_images_alone(
-    checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    data = picture_folder("colors", number=10, splits=("train",))
-    picture_folder("colors", number=3, splits=("test",))
-    output = tmp_path / "results.json"
-    command = ["--model", str(checkpoint), "--data", str(data), "--methods", "linear", *QUICK, "--output", str(output)]
-    accuracy.main([*command, "--validation"])
-    accuracy.main([*command, "--resume"])
-    sizes = [(run["train_images"], run["test_images"]) for run in json.loads(output.read_text())]
-    assert sizes == [(16, 4), (20, 6)]
-
-
-def test_the_benchmark_pretrains_a_swin_on_the_spot(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(digits, "PRETRAINING_EPOCHS", 1)
-    output = tmp_path / "results.json"
-    accuracy.main(["--backbone", "swin", "--methods", "vpt-deep", *QUICK, "--output", str(output)])
-    assert "| digits 5-9 | VPT-Deep" in capsys.readouterr().out
-    assert json.loads(output.read_text())[0]["model"] == "small swin, digits 0-4"
