@@ -32,7 +32,10 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def comparison(runs: Sequence[Run], sweep: Sequence[Run]) -> str:
-    """Two tables of the accuracy on all image sets: with each method's defaults, and with the sweep's best settings."""
+    """Two tables of the accuracy on all image sets: with each method's defaults, and with the sweep's best settings.
+
+    The second one is left out where nothing was run with other settings than the defaults.
+    """
     names = list(dict.fromkeys(one["data"] for one in runs))
     methods = methods_of(runs)
 
@@ -42,23 +45,37 @@ def comparison(runs: Sequence[Run], sweep: Sequence[Run]) -> str:
     def with_best(name: str, data: str) -> list[Run]:
         return find(runs, {"data": data, **settings_of(name, best(sweep, name, data))})
 
-    parts = []
-    for title, select in (("The defaults", with_defaults), ("Each image set's best of the sweep", with_best)):
-        found = {name: [select(name, data) for data in names] for name in methods}
-        parts.append(f"{title}:\n\n{side_by_side(found, names)}")
-    return "\n\n".join(parts)
+    defaults = {name: [with_defaults(name, data) for data in names] for name in methods}
+    tables = f"{setting(runs[0])}. With the defaults:\n\n{side_by_side(defaults, names)}"
+    if sum(len(group) for groups in defaults.values() for group in groups) < len(runs):
+        tuned = {name: [with_best(name, data) for data in names] for name in methods}
+        tables += f"\n\nWith each image set's best of the sweep:\n\n{side_by_side(tuned, names)}"
+    return tables
+
+
+def setting(one: Run) -> str:
+    """What all runs of a table have in common."""
+    return (
+        f"Accuracy in percent, {one['model']}, images of {one['image_size']} pixels, {one['epochs']} epochs, "
+        f"batches of {one['batch_size']}, {one['precision']}"
+    )
 
 
 def side_by_side(found: dict[str, list[list[Run]]], names: Sequence[str]) -> str:
-    """One row for each method, a column for each image set; each set's best stands out, "-" is not measured."""
-    rows: list[tuple[str, ...]] = [("Method", *names, "Mean", "Trained parameters", "Of the backbone")]
+    """One row for each method, a column for each image set; each set's best stands out, "-" is not measured.
+
+    The heading of an image set tells the number of seeds; where fewer were run, so does the cell.
+    """
+    seeds = [max(map(len, column)) for column in zip(*found.values(), strict=True)]
+    heads = [f"{name}, {count} seed{'s' if count > 1 else ''}" for name, count in zip(names, seeds, strict=True)]
+    rows: list[tuple[str, ...]] = [("Method", *heads, "Mean", "Trained parameters", "Of the backbone")]
     columns = zip(*found.values(), strict=True)
-    tops = [max(mean(group) for group in column if group) for column in columns]
+    tops = [max((mean(group) for group in column if group), default=None) for column in columns]
     for name, groups in found.items():
-        cells = [
-            "-" if not group else f"**{spread(group)}**" if mean(group) == top else spread(group)
-            for group, top in zip(groups, tops, strict=True)
-        ]
+        cells = []
+        for group, top, count in zip(groups, tops, seeds, strict=True):
+            cell = "-" if not group else f"**{spread(group)}**" if mean(group) == top else spread(group)
+            cells.append(f"{cell} ({len(group)})" if 0 < len(group) < count else cell)
         overall = f"{statistics.mean(map(mean, groups)):.1f}" if all(groups) else "-"
         every = [one for group in groups for one in group]
         counts = (between(every, "parameters", ","), between(every, "share", ".2f", " %")) if every else ("-", "-")

@@ -53,4 +53,4 @@ def projections_of(model: nn.Module) -> list[str]:
     raise DataError(f"LoRA needs attentions with linear layers named {names}, but {type(model).__name__} has none.")
 
 
-LORA = LoRA("LoRA", None, 1e-3, 1e-2)
+LORA = LoRA("LoRA", None, 3e-3, 1e-2)

@@ -26,15 +26,13 @@ ALL_METHODS = {
 
 # For each method: learning rate, learning rate of the head (None: the same), prompt length (None: the method's own).
 GRID: dict[str, tuple[tuple[float, float | None, int | None], ...]] = {
-    "linear": ((1e-2, None, None), (3e-2, None, None), (1e-1, None, None)),
-    "bitfit": ((1e-3, 1e-2, None), (3e-3, 1e-2, None), (1e-2, 1e-2, None)),
+    "linear": ((1e-2, None, None), (1e-1, None, None)),
+    "bitfit": ((1e-3, 1e-2, None), (3e-3, 1e-2, None)),
     "lora": ((1e-3, 1e-2, None), (3e-3, 1e-2, None)),
-    "vpt-shallow": ((1e-2, 1e-2, None), (3e-2, 1e-2, None)),
-    "vpt-deep": (
-        (3e-3, 3e-2, None), (3e-3, 1e-2, None), (1e-2, 1e-2, None), (3e-2, 1e-2, None), (1e-2, 1e-2, 50),
-    ),
-    "full": ((1e-4, 1e-3, None), (3e-4, 1e-3, None), (1e-4, 1e-2, None)),
-}  # fmt: skip
+    "vpt-shallow": ((3e-3, 1e-2, None), (1e-2, 1e-2, None)),
+    "vpt-deep": ((1e-3, 1e-2, None), (3e-3, 1e-2, None), (3e-3, 1e-2, 50)),
+    "full": ((1e-4, 1e-3, None), (3e-4, 1e-3, None)),
+}
 
 
 def candidates(name: str) -> list[Method]:

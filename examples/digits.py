@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 from images import ImageSet, Preprocessing
 from PIL import Image
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-from training import DEVICE, Settings, accuracy, predict, train
+from training import DEVICE, METHODS, Settings, accuracy, predict, train
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 SIZE = 32
 OLD, NEW = range(5), range(5, 10)
 PRETRAINING_EPOCHS = 15
+
+# The defaults are for pretrained models of usual widths; heads of so narrow backbones learn faster with larger rates.
+HEAD_LEARNING_RATES = {"linear": 1e-1, "vpt-shallow": 3e-2, "vpt-deep": 3e-2}
+SMALL_METHODS = {name: replace(METHODS[name], head_learning_rate=rate) for name, rate in HEAD_LEARNING_RATES.items()}
 
 
 def load(size: int = SIZE) -> ImageSet:

@@ -19,7 +19,7 @@ import digits
 import torch
 from images import ImageSet
 from torch import Tensor
-from training import DEVICE, METHODS, Method, Settings, accuracy, be_quiet, load_backbone, predict, table, train
+from training import DEVICE, Method, Settings, accuracy, be_quiet, load_backbone, predict, table, train
 from transformers import AutoModelForImageClassification
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
@@ -38,13 +38,13 @@ class Task:
     method: Method
 
 
-DEEP = METHODS["vpt-deep"]
-LONG = replace(METHODS["vpt-shallow"], config=PromptConfig(num_tokens=20, deep=False))
+DEEP = digits.SMALL_METHODS["vpt-deep"]
+LONG = replace(digits.SMALL_METHODS["vpt-shallow"], config=PromptConfig(num_tokens=20, deep=False))
 TASKS = {
     "digit": Task("Which digit is it?", {str(digit): [digit] for digit in digits.NEW}, DEEP),
     "parity": Task("Is it even?", {"even": [6, 8], "odd": [5, 7, 9]}, replace(DEEP, config=PromptConfig(num_tokens=5))),
     "loop": Task("Has it a loop?", {"loop": [6, 8, 9], "no loop": [5, 7]}, LONG),
-    "size": Task("How large is it?", {"5 or 6": [5, 6], "7": [7], "8 or 9": [8, 9]}, METHODS["linear"]),
+    "size": Task("How large is it?", {"5 or 6": [5, 6], "7": [7], "8 or 9": [8, 9]}, digits.SMALL_METHODS["linear"]),
 }
 
 

@@ -65,11 +65,11 @@ def compare(backbone: str, train_set: ImageSet, test_set: ImageSet, args: argpar
     names = ", ".join(train_set.class_names[:10]) + (", ..." if len(train_set.class_names) > 10 else "")
     print(f"2. Freezing it and tuning it to the classes {names}:")
     print(f"   {len(train_set)} images to train on, {len(test_set)} to test on, {args.epochs} epochs.")
-    settings = Settings(args.epochs, flip=args.flip)
+    settings, methods = Settings(args.epochs, flip=args.flip), METHODS if args.model else digits.SMALL_METHODS
     model = load_backbone(backbone, train_set.class_names, args.seed)
     results = {}
     for name in NAMES:
-        results[name] = tune(model, METHODS[name], (train_set, test_set), settings, args.seed, args.output / name)
+        results[name] = tune(model, methods[name], (train_set, test_set), settings, args.seed, args.output / name)
     return results
 
 

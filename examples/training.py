@@ -41,11 +41,11 @@ class Method:
 
 
 METHODS = {
-    "linear": Method("Linear head", PromptConfig(num_tokens=0), 1e-1),
+    "linear": Method("Linear head", PromptConfig(num_tokens=0), 1e-2),
     "bitfit": Method("BitFit", PromptConfig(num_tokens=0, bias="all"), 3e-3, 1e-2),
-    "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 1e-2, 3e-2),
-    "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 3e-3, 3e-2),
-    "full": Method("Full fine-tuning", None, 1e-4),
+    "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 1e-2, 1e-2),
+    "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 3e-3, 1e-2),
+    "full": Method("Full fine-tuning", None, 3e-4, 1e-3),
 }
 
 

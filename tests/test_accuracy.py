@@ -180,7 +180,24 @@ def test_the_sweep_tries_the_grid_and_its_best_is_measured_beside_the_defaults(
     assert written.startswith("a\n<!-- settings -->\n| Method ")
     assert written.endswith("<!-- /accuracy -->\nc\n")
     assert written.count("| VPT-Deep") == 3
-    assert "Each image set's best of the sweep:" in written
+    assert "images of 16 pixels, 1 epochs, batches of 16, float32. With the defaults:" in written
+    assert "With each image set's best of the sweep:" in written
+
+
+@pytest.mark.usefixtures("small_grid")
+def test_a_report_of_the_defaults_alone_has_one_table(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = bench(*TWO, "--sweep", output="sweep.json")
+    for run in tried:
+        run["accuracy"] = 90.0 if run["num_tokens"] == 3 else 80.0
+    (tmp_path / "sweep.json").write_text(json.dumps(tried))
+    bench(*TWO)
+    capsys.readouterr()
+    bench(*TWO, "--report", "--tuned-by", tmp_path / "sweep.json")
+    report = capsys.readouterr().out
+    assert "With the defaults:" in report
+    assert "best of the sweep" not in report
 
 
 @pytest.mark.usefixtures("small_grid")
@@ -211,11 +228,14 @@ def test_the_comparison_has_means_and_deviations_and_the_best_stands_out() -> No
     found = {
         "linear": [[run_of("linear", "a", 80.0, 0), run_of("linear", "a", 82.0, 1)], []],
         "vpt-deep": [[run_of("vpt-deep", "a", 90.0, 0)], [run_of("vpt-deep", "b", 70.0, 0)]],
+        "full": [[], []],
     }
     lines = accuracy_tables.side_by_side(found, ["a", "b"]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["Method", "a, 2 seeds", "b, 1 seed", "Mean", "Trained parameters", "Of the backbone"]
     assert cells[2] == ["Linear head", "81.0 ± 1.4", "-", "-", "1,000", "0.50 %"]
-    assert cells[3] == ["VPT-Deep", "**90.0**", "**70.0**", "80.0", "1,000", "0.50 %"]
+    assert cells[3] == ["VPT-Deep", "**90.0** (1)", "**70.0**", "80.0", "1,000", "0.50 %"]
+    assert cells[4] == ["Full fine-tuning", "-", "-", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("text", ["no marks", "<!-- /x --> <!-- x -->", "<!-- x --> <!-- x --> <!-- /x -->"])
