@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py --model google/vit-base-patch16-224-in21k --data flowers scenes --output flowers.json
     python benchmarks/accuracy.py --backbone swin       # a small Swin, pretrained on the spot on handwritten digits
 
-Each method has one default setting for all image sets. ``--sweep`` tries others, listed in ``sweep.py``, with
+Each method has one default setting for all image sets. ``--sweep`` tries others, listed in ``settings.py``, with
 ``--validation``, which tests on a fifth of the training images and leaves the test images alone; ``--tuned-by`` its
 output then adds runs with the setting that did best there on each image set. Each finished run is written to the output
 at once, and ``--resume`` leaves out what is there; ``--report`` trains nothing. ``--readme`` puts tables into a text.
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import digits
 from accuracy_tables import comparison, insert, settings_table, summary, sweep_table
 from images import DataError, ImageSet, Preprocessing, load_images
-from sweep import ALL_METHODS, Run, best, candidates, find, settings_of, variant
+from settings import ALL_METHODS, Run, best, candidates, find, settings_of, variant
 from training import Method, Result, Settings, be_quiet, load_backbone, tune
 
 
@@ -63,7 +63,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-tokens", type=int, help="prompt length, in place of each method's own")
     add("--flip", action="store_true", help="mirror half of the images; only where a mirrored image keeps its class")
     add("--validation", action="store_true", help="train on 80 %% of the training images, test on the other 20 %%")
-    add("--sweep", action="store_true", help="try the settings of benchmarks/sweep.py, with --validation")
+    add("--sweep", action="store_true", help="try the settings of benchmarks/settings.py, with --validation")
     add("--tuned-by", type=Path, help="output of --sweep: run with each image set's best setting besides the defaults")
     add("--output", type=Path, default=Path("runs/accuracy.json"), help="default: %(default)s")
     add("--resume", action="store_true", help="keep what the output holds and leave out runs that it has")

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from images import DataError
-from sweep import ALL_METHODS, Run, best, candidates, find, settings_of
+from settings import ALL_METHODS, Run, best, candidates, find, settings_of
 from training import Method, table
 
 HEADING = ("Data", "Method", "Accuracy", "Trained parameters", "Of the backbone", "Saved", "Training")

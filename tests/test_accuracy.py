@@ -18,7 +18,7 @@ import accuracy
 import accuracy_tables
 import digits
 import lora
-import sweep
+import settings
 import training
 from images import DataError
 
@@ -54,7 +54,7 @@ def test_each_method_runs_and_the_table_shows_it(bench: Bench, capsys: pytest.Ca
     assert list(runs) == METHODS
     assert len(table.splitlines()) == 2 + len(METHODS)
     for name in METHODS:
-        assert sweep.ALL_METHODS[name].title in table
+        assert settings.ALL_METHODS[name].title in table
     assert 0 < runs["linear"]["parameters"] < runs["bitfit"]["parameters"] < runs["full"]["parameters"]  # type: ignore[operator]
 
 
@@ -109,7 +109,7 @@ def test_what_trains_stays_in_float32_when_it_is_computed_in_bfloat16(bench: Ben
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_head_has_its_own_learning_rate_in_every_method(name: str, checkpoint: Path) -> None:
-    tuned = sweep.ALL_METHODS[name].attach(training.load_backbone(str(checkpoint), ["a", "b"], seed=0))
+    tuned = settings.ALL_METHODS[name].attach(training.load_backbone(str(checkpoint), ["a", "b"], seed=0))
     groups = training.groups(tuned, 1e-3, 1e-2)
     head = groups[-1]
     assert head["lr"] == 1e-2
@@ -146,7 +146,7 @@ def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         "linear": ((1e-3, None, None), (training.METHODS["linear"].learning_rate, None, None)),
         "vpt-deep": ((1e-3, 1e-2, 3), (1e-2, 1e-2, None)),
     }
-    monkeypatch.setattr(sweep, "GRID", grid)
+    monkeypatch.setattr(settings, "GRID", grid)
 
 
 TWO = ("--methods", "linear", "vpt-deep")
@@ -220,8 +220,8 @@ def test_a_report_trains_nothing_and_marks_what_is_missing(
 
 
 def run_of(name: str, data: str, reached: float, seed: int) -> dict[str, object]:
-    settings = sweep.settings_of(name, sweep.ALL_METHODS[name])
-    return {**settings, "data": data, "accuracy": reached, "seed": seed, "parameters": 1000, "share": 0.5}
+    own = settings.settings_of(name, settings.ALL_METHODS[name])
+    return {**own, "data": data, "accuracy": reached, "seed": seed, "parameters": 1000, "share": 0.5}
 
 
 def test_the_comparison_has_means_and_deviations_and_the_best_stands_out() -> None:
