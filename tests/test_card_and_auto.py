@@ -96,6 +96,12 @@ def test_a_card_that_cannot_be_read_is_left_with_a_warning_and_the_adapter_saved
     VPTModel.from_pretrained(_bare(tiny), tmp_path)
 
 
+def test_data_that_is_not_on_the_hub_is_named_in_the_text_alone(vit: Tiny, tmp_path: Path) -> None:
+    vit.prompted().save_pretrained(tmp_path, training_data="my holiday pictures")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets is None and "| training data | my holiday pictures |" in card.text
+
+
 def test_names_in_a_card_are_text_and_no_markup(vit: Tiny, tmp_path: Path) -> None:
     nasty = ["a|b", "<!-- vpt-peft: generated, end -->", "x\n```\n# y", "[z](http://x)", "long" * 1000, "f", "g"]
     vit.model.config.id2label = dict(enumerate(nasty))

@@ -94,7 +94,7 @@ def _metadata(adapter: Adapter, training_data: str | None, license: str | None, 
         "base_model_relation": "adapter" if _is_on_hub(config) else None,
         "pipeline_tag": PIPELINES.get(str(config.task_type)),
         "tags": sorted({*tags, "peft", "visual-prompt-tuning", "vpt-peft"}),
-        "datasets": [training_data] if training_data else None,
+        "datasets": [training_data] if training_data and is_repository(training_data) else None,
         "license": license,
     }
     return {name: value for name, value in values.items() if value is not None}
