@@ -73,7 +73,8 @@ def loader(images: ImageSet, batch_size: int, shuffle: bool) -> Any:
 
 def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageSet, args: argparse.Namespace) -> Any:
     """Trains and tests. Returns the model, and the percent of the test images that it names."""
-    groups = parameter_groups(vpt, METHOD.learning_rate, METHOD.head_learning_rate, Settings.weight_decay)
+    method = METHOD if args.model else digits.SMALL_METHODS["vpt-deep"]
+    groups = parameter_groups(vpt, method.learning_rate, method.head_learning_rate, Settings.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     batches, tests = loader(images, args.batch_size, True), loader(test_set, 8 * args.batch_size, False)
     vpt, optimizer, batches, tests = accelerator.prepare(vpt, optimizer, batches, tests)

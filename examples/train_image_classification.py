@@ -20,9 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import digits
 from classification_output import Report, Run
 from images import DataError
-from trainer_data import DatasetDict, split
+from trainer_data import DatasetDict, public_name, split
 from trainer_task import Task, add_options, complete
 from trainer_tools import PRECISIONS, Pace, accuracy_of, last_checkpoint, peak_memory, quieted, training_arguments
 from training import METHODS, Method, Settings, be_quiet, load_backbone
@@ -59,9 +60,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_settings(args: argparse.Namespace) -> None:
     """A run goes on with the settings that it began with; they are kept beside it."""
-    left_out = ("seeds", "resume", "workers", "push_to_hub", "private", "output", "model", "data")
+    left_out = ("seeds", "resume", "workers", "push_to_hub", "private", "output")
     file = args.output / "settings.json"
     ours = {name: value for name, value in vars(args).items() if name not in left_out}
+    ours |= {name: ours[name] and public_name(ours[name]) for name in ("model", "data")}
     theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
     other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
     if other:
@@ -74,7 +76,8 @@ def check_settings(args: argparse.Namespace) -> None:
 
 def chosen_method(args: argparse.Namespace) -> Method:
     """The method, with what the command line changes of it."""
-    method = METHODS[args.method]
+    methods = METHODS if args.model else METHODS | digits.SMALL_METHODS
+    method = methods[args.method]
     config = method.config
     if args.num_tokens is not None:
         if config is None or config.num_tokens == 0:

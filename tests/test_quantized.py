@@ -46,9 +46,9 @@ def load(tmp_path: Path) -> Load:
     folder = tmp_path / "backbone"
     tiny_vit(**SIZE).model.save_pretrained(folder)
 
-    def make(quantizer: str | None = None) -> PreTrainedModel:
+    def make(quantizer: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         config = QUANTIZERS[quantizer]() if quantizer else None
-        return Classifier.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+        return Classifier.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
     return make
 
@@ -106,6 +106,14 @@ def test_a_quantised_head_starts_as_the_dense_one_that_computes_the_same(load: L
         theirs = model.classifier(features)
         head = prompted(model, deep=True).adapters["default"].modules_by_path["classifier"]
         torch.testing.assert_close(head(features), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_quantised_backbone_of_half_precision_takes_prompts(quantizer: str, load: Load) -> None:
+    tiny, vpt = tiny_vit(**SIZE), prompted(load(quantizer, torch.bfloat16)).train()
+    vpt(tiny.pixel_values.bfloat16(), labels=tiny.labels).loss.backward()
+    gradients = [own.grad for own in vpt.adapters.parameters()]
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_trainer_trains_on_a_quantised_backbone(load: Load, tmp_path: Path) -> None:

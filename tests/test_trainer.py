@@ -17,11 +17,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from vpt_peft import (
     AdapterError,
+    CheckpointError,
     PromptConfig,
     PushAdapter,
     VPTModel,
     adamw,
     get_adapter_state_dict,
+    get_vpt_model,
     parameter_groups,
 )
 
@@ -140,6 +142,33 @@ def test_gradient_accumulation_is_the_larger_batch(tiny: Tiny, new: Any, trainer
         small, tiny, gradient_accumulation_steps=4, per_device_train_batch_size=2, save_strategy="no", max_steps=2
     ).train()
     assert_same(state(small), state(large), 2e-5)
+
+
+def test_losses_that_count_no_items_accumulate_rightly_too(vit: Tiny, trainer: Any) -> None:
+    found = []
+    for parts in ({"per_device_train_batch_size": 8}, {"gradient_accumulation_steps": 4}):
+        model = BUILDERS["vit"]().model
+        model.config.problem_type = "multi_label_classification"
+        vpt = get_vpt_model(model, PromptConfig(num_tokens=2))
+        vpt.adapters["default"].load_state_dict(found[0][1]) if found else None
+        before = copy.deepcopy(vpt.adapters["default"].state_dict())
+        run = trainer(
+            vpt, vit, save_strategy="no", eval_strategy="no", max_steps=1, optim="sgd", max_grad_norm=0,
+            **{"per_device_train_batch_size": 2, **parts},
+        )  # fmt: skip
+        run.data_collator = lambda rows: {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": torch.eye(7)[[row["labels"] for row in rows]],
+        }
+        run.train()
+        found.append((state(vpt), before))
+    assert_same(found[1][0], found[0][0], 1e-6)
+
+
+def test_unloading_ends_what_trainer_switched_on(tiny: Tiny, trainer: Any) -> None:
+    vpt = tiny.prompted()
+    trainer(vpt, tiny, save_strategy="no", max_steps=1, gradient_checkpointing=True).train()
+    assert not vpt.unload().is_gradient_checkpointing
 
 
 def test_gradient_checkpointing_changes_no_weight(tiny: Tiny, new: Any, trainer: Any) -> None:
@@ -263,9 +292,19 @@ def test_a_state_dict_holds_adapters_alone_and_comes_back(tiny: Tiny, new: Any) 
     result = other.load_state_dict(copy.deepcopy(saved))
     assert result.missing_keys == result.unexpected_keys == []
     assert_same(dict(other.state_dict()), dict(saved))
+    first, *_, last = saved
+    for changed, message in (
+        ({last: torch.zeros(1, 1)}, "of another shape"),
+        ({last: torch.full_like(saved[last], torch.nan)}, "not finite"),
+        ({"adapters.cats.prompts.embeddings.0": torch.zeros(1, 1)}, "unexpected"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            other.load_state_dict({**saved, first: saved[first] + 1, **changed})
+        assert_same(dict(other.state_dict()), dict(vpt.state_dict()))
     saved.popitem()
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(CheckpointError, match="missing"):
         other.load_state_dict(saved)
+    assert other.load_state_dict(saved, strict=False).missing_keys == [last]
 
 
 def test_a_state_dict_with_the_backbones_weights_is_refused(vit: Tiny) -> None:
@@ -275,6 +314,36 @@ def test_a_state_dict_with_the_backbones_weights_is_refused(vit: Tiny) -> None:
     with pytest.raises(ValueError, match="The backbone never changes"):
         vpt.load_state_dict({**vpt.state_dict(), **stranger})
     assert_same(dict(vit.model.state_dict()), before)
+
+
+def test_saving_over_a_checkpoint_leaves_no_stale_weights(vit: Tiny, tmp_path: Path) -> None:
+    vpt = vit.prompted()
+    vpt.save_pretrained(tmp_path, state_dict=None)
+    torch.nn.init.ones_(vpt.adapters["default"].prompts.embeddings["0"])
+    vpt.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "adapter_model.safetensors").read_bytes()
+
+
+def test_wrong_arguments_are_refused_before_anything_is_written(vit: Tiny, tmp_path: Path) -> None:
+    vpt = vit.prompted()
+    with pytest.raises(TypeError, match="takes no max_shard_size"):
+        vpt.save_pretrained(tmp_path / "x", max_shard_size="5GB")
+    with pytest.raises(AdapterError, match="must name some of default"):
+        vpt.save_pretrained(tmp_path / "x", [])
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_loss_is_the_backbones_or_the_one_that_is_set(vit: Tiny) -> None:
+    vpt = vit.prompted()
+    assert vpt.loss_function == vit.model.loss_function
+    vpt.loss_function = lambda labels, logits, config, **_: logits.sum() * 0 + 7
+    assert vpt(vit.pixel_values, labels=vit.labels).loss == 7
+    assert vit.model.loss_function is not vpt.loss_function
+
+
+def test_an_adapter_without_a_head_has_parameter_groups(vit: Tiny) -> None:
+    vpt = get_vpt_model(vit.model.vit, PromptConfig(num_tokens=2))
+    assert [group["lr"] for group in parameter_groups(vpt)] == [3e-3]
 
 
 def test_where_links_cannot_be_made_a_checkpoint_holds_a_copy(

@@ -25,6 +25,7 @@ PIPELINES = {
     "FEATURE_EXTRACTION": "image-feature-extraction",
 }
 LABELS_SHOWN = 50
+DETAILS = frozenset({"model_id", "training_data", "metrics", "license"})
 
 
 def write(

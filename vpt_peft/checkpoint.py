@@ -104,6 +104,15 @@ def link(folder: Path, checkpoint: Path) -> None:
         os.replace(file, checkpoint / TRAINER_WEIGHTS_NAME)
 
 
+def is_linked(checkpoint: Path) -> bool:
+    """Whether :func:`link` has been there: weights of an adapter's have that name, which must not become stale."""
+    try:
+        with open_weights(checkpoint / TRAINER_WEIGHTS_NAME) as weights:
+            return weights.config is not None
+    except CheckpointError:
+        return False
+
+
 # -- loading --------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError
 
@@ -27,8 +28,10 @@ def dense(module: nn.Module, path: str, on_meta: bool = False) -> nn.Module:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether its own weight is anything but a tensor of floating point."""
-    weight = module._parameters.get("weight")
-    return weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point())
+    weight: Tensor | None = module._parameters.get("weight")
+    if isinstance(weight, DTensor):  # shared by several processes
+        weight = weight.to_local()
+    return weight is not None and (type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point())
 
 
 @torch.no_grad()
@@ -43,7 +46,10 @@ def _linear(module: nn.Module, path: str, on_meta: bool) -> nn.Linear:
     device = torch.device("meta") if on_meta else module.weight.device
     linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
     if not on_meta:
-        units = torch.eye(module.in_features, device=device)
+        like = module.weight if module.bias is None else module.bias  # what the module computes in
+        units = torch.eye(
+            module.in_features, device=device, dtype=like.dtype if like.is_floating_point() else torch.float32
+        )
         made = torch.cat([module(part).float() for part in units.split(256)])
         linear.weight.copy_((made if module.bias is None else made - module.bias.float()).T)
         if module.bias is not None:

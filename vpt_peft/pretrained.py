@@ -38,6 +38,9 @@ class AdaptedModel(PreTrainedModel):
     """
 
     main_input_name = "pixel_values"
+    # Trainer's num_items_in_batch reaches some tasks' losses and not others: it is to divide by itself, which is right
+    # for all of them.
+    accepts_loss_kwargs = False
     adapters: nn.ModuleDict
     _backbone: Backbone
     _answering: list[Adapter]
@@ -84,6 +87,20 @@ class AdaptedModel(PreTrainedModel):
     def supports_gradient_checkpointing(self) -> bool:
         """Whether the backbone does."""
         return bool(self.base_model.supports_gradient_checkpointing)
+
+    @property
+    def hf_device_map(self) -> Any:
+        """Where the backbone's parts are, if it was loaded onto several devices."""
+        return self.base_model.hf_device_map
+
+    @property
+    def loss_function(self) -> Any:
+        """The backbone's loss, or the one that was set in its place: ``loss_function(labels, logits, config)``."""
+        return self.__dict__.get("_own_loss_function") or self.base_model.loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self.__dict__["_own_loss_function"] = value
 
     def train(self, mode: bool = True) -> Self:
         """Sets the adapters' mode. The frozen backbone stays in eval mode: no dropout, no stochastic depth."""
@@ -134,7 +151,7 @@ class AdaptedModel(PreTrainedModel):
                 it and ``adapter_model.safetensors`` holds it, which is taken in strictly.
 
         Raises:
-            CheckpointError: tensors of the backbone are among them, or they do not fit the active adapter.
+            CheckpointError: tensors of the backbone are among them, or they do not fit. Nothing has changed.
         """
         theirs = [name for name in state_dict if BACKBONE.match(name)]
         if theirs:
@@ -143,6 +160,9 @@ class AdaptedModel(PreTrainedModel):
                 "never changes: load it by its own from_pretrained, and only adapters here."
             )
         if any(name.startswith("adapters.") for name in state_dict):
+            own = self.state_dict()
+            names = own.keys() | state_dict.keys() if strict else own.keys() & state_dict.keys()
+            state.check(*({name: some[name] for name in names if name in some} for some in (own, state_dict)))
             return super().load_state_dict(state_dict, strict, assign)
         state.load_state_dict(self._active, state_dict)
         return LoadResult([], [])

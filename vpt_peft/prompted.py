@@ -125,7 +125,7 @@ class PromptedModel(AdaptedModel):
                 f"labels need a model with a classifier, got {type(self.base_model).__name__}. Leave labels out."
             )
         counted = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-        loss = self.base_model.loss_function(labels, output.logits, self.config, **counted)
+        loss = self.loss_function(labels, output.logits, self.config, **counted)
         return type(output)(**{**output, "loss": loss})
 
     def _check_attached(self) -> None:

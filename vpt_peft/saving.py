@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import card, checkpoint, hub, state
 from .batch import check_known
+from .errors import AdapterError
 from .files import save_whole
 from .origin import warn_of_local
 from .prompted import PromptedModel
@@ -47,11 +48,18 @@ class SavableModel(PromptedModel):
             card_details: see :meth:`create_or_update_model_card`.
         """
         self._check_attached()
+        unknown = sorted(card_details.keys() - card.DETAILS)
+        if unknown:
+            raise TypeError(
+                f"save_pretrained takes no {', '.join(unknown)}; of a card it takes {sorted(card.DETAILS)}."
+            )
         is_checkpoint = state_dict is not ...
         names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
         check_known(self.adapters, names)  # type: ignore[arg-type]
         if is_checkpoint and selected_adapters is None:
             names = [self._active_adapter]
+        if not names:
+            raise AdapterError(f"selected_adapters must name some of {', '.join(self.adapters)}, got none.")
         for name in names:
             adapter = self._adapters[name]
             tensors = (
@@ -66,8 +74,9 @@ class SavableModel(PromptedModel):
             if image_processor is not None:
                 save_whole(image_processor, folder)
             self.create_or_update_model_card(save_directory, name, **card_details)
-        if is_checkpoint and is_main_process:
-            checkpoint.link(_folder(save_directory, names[0]), Path(save_directory))
+        if is_main_process and (is_checkpoint or checkpoint.is_linked(Path(save_directory))):
+            linked = self._active_adapter if self._active_adapter in names else names[0]
+            checkpoint.link(_folder(save_directory, linked), Path(save_directory))
 
     def create_or_update_model_card(
         self, output_dir: str | os.PathLike[str], adapter_name: str = "default", **details: Any

@@ -64,6 +64,14 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
             finite.
     """
     own = state_dict(adapter)
+    check(own, tensors)
+    for name, tensor in tensors.items():
+        for part, given in zip(_pieces(own[name]), _pieces(tensor), strict=True):
+            part.copy_(given)
+
+
+def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError, naming all that is wrong, unless ``tensors`` can take the place of ``own``."""
     _check_tensors(tensors)
     known = {name: tensor for name, tensor in tensors.items() if name in own}
     refuse(
@@ -82,9 +90,6 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
             ],
         }
     )
-    for name, tensor in tensors.items():
-        for part, given in zip(_pieces(own[name]), _pieces(tensor), strict=True):
-            part.copy_(given)
 
 
 def _is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

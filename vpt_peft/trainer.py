@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from .backbones import find_backbone
@@ -42,7 +43,11 @@ def parameter_groups(
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise AdapterError(f"{name} must be a number of at least 0, got {shown(value)}.")
     head = {id(parameter) for parameter in _head_parameters(model)}
-    if not head and head_learning_rate != learning_rate:
+    if (
+        not head
+        and head_learning_rate != learning_rate
+        and not any(isinstance(one, VPTModel) for one in model.modules())
+    ):
         raise AdapterError(
             f"head_learning_rate needs a VPTModel or a model that it could be made from, got {type(model).__name__}, "
             "whose head is not known. Set it to None."
@@ -83,11 +88,13 @@ class PushAdapter(TrainerCallback):
     """Makes each push of a ``Trainer(vpt, args, callbacks=[PushAdapter()])`` a whole adapter.
 
     While it trains, Trainer itself uploads what transformers calls a model, and the adapter's files only if ``peft`` is
-    installed. What it pushes at the end is whole in any case.
+    installed. What it pushes at the end is whole in any case, but for the model card, which is Trainer's own:
+    ``vpt.push_to_hub`` writes ours. Where several processes share the adapter (FSDP2), it does nothing.
     """
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Saves the active adapter where Trainer is about to upload from."""
         found = [module for module in model.modules() if isinstance(module, VPTModel)]
-        if state.is_world_process_zero and found:
+        is_shared = any(isinstance(one, DTensor) for vpt in found for one in vpt.adapters.parameters())
+        if state.is_world_process_zero and found and not is_shared:  # only one process comes here, and cannot gather
             found[0].save_pretrained(args.output_dir, [found[0].active_adapter])

@@ -10,6 +10,8 @@ from .doors import Door
 from .heads import HeadDoor, StandInDoor, TrunkDoor
 from .layers import LayerDoor, MergingDoor
 
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
 
 class Attachment:
     """Puts doors on a backbone and freezes it; :meth:`detach` leaves nothing of that behind.
@@ -23,6 +25,11 @@ class Attachment:
         model = backbone.model
         self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.training = [(module, module.training) for module in model.modules()]
+        self.checkpointing = [
+            (module, {name: module.__dict__[name] for name in CHECKPOINTING if name in module.__dict__})
+            for module in model.modules()
+            if hasattr(module, "gradient_checkpointing")
+        ]
         self.stand_ins: set[str] = set(backbone.head.paths)
         self.doors: list[Door | AttentionDoor] = [
             TrunkDoor(backbone.trunk),
@@ -52,3 +59,7 @@ class Attachment:
             parameter.requires_grad_(requires_grad)
         for module, training in self.training:
             module.training = training
+        for module, settings in self.checkpointing:
+            for name in CHECKPOINTING:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(settings)
