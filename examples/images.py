@@ -24,6 +24,21 @@ class DataError(ValueError):
     """The images cannot be used. Says what was expected, what came and what to do."""
 
 
+def image_size_of(model_name: str) -> tuple[int, int]:
+    """Height and width of the images that a checkpoint was trained on.
+
+    Raises:
+        DataError: there is no such checkpoint, or it is not for images.
+    """
+    try:
+        size = AutoConfig.from_pretrained(model_name).image_size
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"The model must be the name or folder of a checkpoint for images, got '{model_name}': {error}"
+        ) from error
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What a backbone expects: square images of ``size`` pixels, scaled to 0..1, then normalised a channel."""
@@ -42,13 +57,8 @@ class Preprocessing:
         Raises:
             DataError: there is no such checkpoint, or it is not for images.
         """
-        try:
-            size = AutoConfig.from_pretrained(model_name).image_size
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"The model must be the name or folder of a checkpoint for images, got '{model_name}': {error}"
-            ) from error
-        size = image_size or (size if isinstance(size, int) else size[0])
+        own = image_size_of(model_name)[0]
+        size = image_size or own
         try:
             # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
             settings, _ = ImageProcessingMixin.get_image_processor_dict(model_name)

@@ -12,9 +12,9 @@ import transformers
 from augmentation import RandomCropAndFlip
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from images import TEST_SPLITS, DataError, ImageSet
+from images import TEST_SPLITS, DataError, ImageSet, image_size_of
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
+from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
 IMAGE, LABEL = "image", "label"
@@ -29,7 +29,7 @@ def load_image_processor(model_name: str) -> Any:
     Raises:
         DataError: there is no such checkpoint, or it is not for images.
     """
-    height, width = _image_size(model_name)
+    height, width = image_size_of(model_name)
     size = {"size": {"height": height, "width": width}}
     try:
         processor = _from_pretrained(model_name)
@@ -47,16 +47,6 @@ def _from_pretrained(model_name: str, **changes: Any) -> Any:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(model_name)
         name = str(settings.get("image_processor_type", "ViTImageProcessor")).removesuffix("Fast")
         return getattr(transformers, f"{name}Pil")(**{**settings, **changes})
-
-
-def _image_size(model_name: str) -> tuple[int, int]:
-    try:
-        size = AutoConfig.from_pretrained(model_name).image_size
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"The model must be the name or folder of a checkpoint for images, got '{model_name}': {error}"
-        ) from error
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def processed_size(processor: Any) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .passes import Group, Pass
 
 BASE = "__base__"
@@ -20,13 +20,9 @@ def check_known(adapters: Mapping[str, object], names: Sequence[object]) -> None
     """Raises AdapterError for names of adapters that do not exist."""
     unknown = sorted({str(name) for name in names if name not in adapters})
     if unknown:
-        raise AdapterError(f"The model has the adapters {_listed(list(adapters))}, got {_listed(unknown)}.")
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The names, as many as can be read: there may be thousands."""
-    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
+        raise AdapterError(
+            f"The model has the adapters {listed(list(adapters), MAX_LISTED)}, got {listed(unknown, MAX_LISTED)}."
+        )
 
 
 def check_name(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from reprlib import Repr
 
 _REPR = Repr()
@@ -12,6 +13,12 @@ _REPR.maxstring = _REPR.maxother = 200
 def shown(value: object) -> str:
     """A value in an error message: its repr, cut where a stranger's file could make it endless."""
     return _REPR.repr(value)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Names in an error message, as many as can be read: there may be thousands."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class VPTError(ValueError):

@@ -160,9 +160,11 @@ class AdaptedModel(PreTrainedModel):
                 "never changes: load it by its own from_pretrained, and only adapters here."
             )
         if any(name.startswith("adapters.") for name in state_dict):
-            own = self.state_dict()
-            names = own.keys() | state_dict.keys() if strict else own.keys() & state_dict.keys()
-            state.check(*({name: some[name] for name in names if name in some} for some in (own, state_dict)))
+            own, given = dict(self.state_dict()), dict(state_dict)
+            if not strict:
+                both = own.keys() & given.keys()
+                own, given = ({name: some[name] for name in both} for some in (own, given))
+            state.check(own, given)
             return super().load_state_dict(state_dict, strict, assign)
         state.load_state_dict(self._active, state_dict)
         return LoadResult([], [])

@@ -54,6 +54,7 @@ class SavableModel(PromptedModel):
                 f"save_pretrained takes no {', '.join(unknown)}; of a card it takes {sorted(card.DETAILS)}."
             )
         is_checkpoint = state_dict is not ...
+        gathered = None if state_dict is ... else state_dict
         names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
         check_known(self.adapters, names)  # type: ignore[arg-type]
         if is_checkpoint and selected_adapters is None:
@@ -62,11 +63,8 @@ class SavableModel(PromptedModel):
             raise AdapterError(f"selected_adapters must name some of {', '.join(self.adapters)}, got none.")
         for name in names:
             adapter = self._adapters[name]
-            tensors = (
-                state.state_dict(adapter)
-                if not state_dict or state_dict is ...
-                else (state.translate(adapter, f"adapters.{name}.", state_dict))
-            )
+            prefix = f"adapters.{name}."
+            tensors = state.translate(adapter, prefix, gathered) if gathered else state.state_dict(adapter)
             if not is_main_process:
                 continue
             folder = _folder(save_directory, name)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter
-from .errors import AdapterError, CheckpointError
+from .errors import AdapterError, CheckpointError, listed
 
 MAX_LISTED = 1000
 MAX_ALONE = 2**14
@@ -74,6 +74,7 @@ def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError, naming all that is wrong, unless ``tensors`` can take the place of ``own``."""
     _check_tensors(tensors)
     known = {name: tensor for name, tensor in tensors.items() if name in own}
+    finite = {name for name, tensor in known.items() if _is_finite(tensor)}
     refuse(
         misfits(shapes_of(own), shapes_of(tensors))
         | {
@@ -82,11 +83,11 @@ def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
                 for name, tensor in known.items()
                 if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex()
             ],
-            "not finite (NaN or infinite)": [name for name, tensor in known.items() if not _is_finite(tensor)],
+            "not finite (NaN or infinite)": [name for name in known if name not in finite],
             "too large": [
                 f"{name} for {own[name].dtype}"
                 for name, tensor in known.items()
-                if _is_finite(tensor) and not _is_finite(tensor, own[name].dtype)
+                if name in finite and tensor.dtype != own[name].dtype and not _is_finite(tensor, own[name].dtype)
             ],
         }
     )
@@ -148,7 +149,6 @@ def refuse(problems: Mapping[str, list[str]]) -> None:
         raise CheckpointError("The tensors do not fit the adapter. " + "; ".join(found) + ". Nothing was loaded.")
 
 
-def _listed(names: list[str]) -> str:
-    """All names of any real adapter, and not endlessly many of a stranger's file."""
-    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(name if len(name) <= 300 else name[:300] + "..." for name in names[:MAX_LISTED]) + more
+def _listed(names: Sequence[str]) -> str:
+    """All names of any real adapter, and not endlessly long ones, or endlessly many, of a stranger's file."""
+    return listed([name if len(name) <= 300 else name[:300] + "..." for name in names], MAX_LISTED)

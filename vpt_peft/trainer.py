@@ -43,11 +43,7 @@ def parameter_groups(
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise AdapterError(f"{name} must be a number of at least 0, got {shown(value)}.")
     head = {id(parameter) for parameter in _head_parameters(model)}
-    if (
-        not head
-        and head_learning_rate != learning_rate
-        and not any(isinstance(one, VPTModel) for one in model.modules())
-    ):
+    if not head and head_learning_rate != learning_rate and not _adapted(model):
         raise AdapterError(
             f"head_learning_rate needs a VPTModel or a model that it could be made from, got {type(model).__name__}, "
             "whose head is not known. Set it to None."
@@ -68,8 +64,13 @@ def parameter_groups(
     ]
 
 
+def _adapted(model: nn.Module) -> list[VPTModel]:
+    """The model itself, or what is wrapped in it, for DDP, say."""
+    return [module for module in model.modules() if isinstance(module, VPTModel)]
+
+
 def _head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    adapted = [module for module in model.modules() if isinstance(module, VPTModel)]
+    adapted = _adapted(model)
     for vpt in adapted:
         yield from vpt._active.head_parameters()
     if not adapted:
@@ -94,7 +95,7 @@ class PushAdapter(TrainerCallback):
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Saves the active adapter where Trainer is about to upload from."""
-        found = [module for module in model.modules() if isinstance(module, VPTModel)]
+        found = _adapted(model)
         is_shared = any(isinstance(one, DTensor) for vpt in found for one in vpt.adapters.parameters())
         if state.is_world_process_zero and found and not is_shared:  # only one process comes here, and cannot gather
             found[0].save_pretrained(args.output_dir, [found[0].active_adapter])
