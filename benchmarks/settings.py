@@ -66,7 +66,7 @@ def find(runs: Sequence[Run], wanted: Run) -> list[Run]:
 
 
 def best(runs: Sequence[Run], name: str, data: str) -> Method:
-    """The candidate that did best on an image set's validation images; the first one of equals.
+    """The candidate that did best on an image set's validation images; of equals the method's default, else the first.
 
     Raises:
         DataError: a candidate has no such run.
@@ -81,4 +81,4 @@ def best(runs: Sequence[Run], name: str, data: str) -> Method:
             )
         return statistics.mean(one["accuracy"] for one in found)
 
-    return max(candidates(name), key=reached)
+    return max(candidates(name), key=lambda method: (reached(method), method == ALL_METHODS[name]))
