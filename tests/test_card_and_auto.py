@@ -62,6 +62,24 @@ def test_a_card_says_what_the_adapter_is(tiny: Tiny, tmp_path: Path) -> None:
         assert line in card.text, line
 
 
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        ({"deep": False}, "VPT-Shallow"),
+        ({"layers_to_transform": (0,)}, "VPT-Shallow"),
+        ({"layers_to_transform": (1,)}, "VPT with fresh prompts in layer 1, counted from 0"),
+        ({"layers_to_transform": (0, 2)}, "VPT with fresh prompts in layers 0, 2, counted from 0"),
+        ({"num_tokens": 0}, "linear probing"),
+        ({"num_tokens": 0, "bias": "all"}, "BitFit"),
+    ],
+)
+def test_a_card_names_the_variant_by_the_layers_that_have_prompts(
+    config: dict[str, Any], variant: str, vit: Tiny, tmp_path: Path
+) -> None:
+    vit.prompted(**config).save_pretrained(tmp_path)
+    assert f"| variant | {variant} |" in (tmp_path / "README.md").read_text()
+
+
 def test_what_the_user_wrote_into_a_card_is_kept(tiny: Tiny, tmp_path: Path) -> None:
     vpt = tiny.prompted(num_tokens=3)
     vpt.save_pretrained(tmp_path)

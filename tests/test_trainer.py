@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hub_server import HubServer
+from huggingface_hub import hf_hub_download
 from tiny import BUILDERS, Tiny, assert_same, logits
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -43,7 +46,7 @@ class Images(Dataset):  # type: ignore[type-arg]
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.images[index], "labels": int(self.labels[index]), "file": "none.png"}
+        return {"pixel_values": self.images[index], "labels": int(self.labels[index]), "row": index}
 
 
 def right(prediction: Any) -> dict[str, float]:
@@ -102,6 +105,9 @@ def test_resuming_continues_to_bit_identical_weights(
     run = trainer(whole, tiny)
     run.train()
     resumed = new().prompted(**config)
+    with torch.no_grad():
+        for parameter in resumed.adapters.parameters():
+            parameter.fill_(0.5)  # so that nothing but the checkpoint can give the weights of the whole run
     again = trainer(resumed, tiny)
     again.train(resume_from_checkpoint=str(Path(run.args.output_dir, "checkpoint-4")))
     assert again.state.global_step == 8 and len(logged(again, "loss")) == 8
@@ -119,6 +125,25 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_older_ones_are_deleted(tin
     assert run.state.best_model_checkpoint == str(best)
     assert [path.name for path in best.parent.glob("checkpoint-*")] == ["checkpoint-8"]
     assert_same(state(vpt), state(VPTModel.from_pretrained(BUILDERS[tiny.name]().model, best)))
+
+
+def test_columns_that_no_model_takes_are_left_out_of_a_data_set(vit: Tiny, trainer: Any) -> None:
+    images = Images(vit)
+    rows = datasets.Dataset.from_dict({
+        "pixel_values": images.images.numpy(), "labels": images.labels.numpy(), "row": list(range(len(images))),
+    }).with_format("torch")  # fmt: skip
+    alike, vpt = vit.prompted(), BUILDERS["vit"]().prompted()
+    trainer(alike, vit, save_strategy="no").train()
+    run = trainer(vpt, vit, save_strategy="no")
+    run.train_dataset = run.eval_dataset = rows
+    run.train()
+    assert_same(state(vpt), state(alike), 1e-6)
+    assert len(logged(run, "eval_loss")) == 2
+
+
+def test_copies_on_several_gpus_in_one_process_are_refused_with_advice(vit: Tiny) -> None:
+    with pytest.raises(AdapterError, match="Start one process for each with torchrun"):
+        vit.prompted()._replicate_for_data_parallel()  # what nn.DataParallel asks of every module
 
 
 def test_training_stops_early_and_callbacks_see_the_model(vit: Tiny, trainer: Any) -> None:
@@ -179,11 +204,19 @@ def test_gradient_checkpointing_changes_no_weight(tiny: Tiny, new: Any, trainer:
     assert_same(state(checkpointed), state(plain), 1e-6)
 
 
-@pytest.mark.parametrize("arguments", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}])
-def test_it_trains_in_bfloat16_and_compiled(tiny: Tiny, new: Any, trainer: Any, arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", ["bf16", "compiled"])
+def test_it_trains_in_bfloat16_and_compiled(tiny: Tiny, new: Any, trainer: Any, how: str) -> None:
     vpt = tiny.prompted()
+    precisions = set()
+    arguments: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    if how == "bf16":
+        arguments = {"bf16": True}
+        linear = next(module for module in tiny.model.modules() if isinstance(module, torch.nn.Linear))
+        linear.register_forward_hook(lambda _module, _inputs, output: precisions.add(output.dtype))
+    counters.clear()
     run = trainer(vpt, tiny, num_train_epochs=6, learning_rate=2e-2, **arguments)
     run.train()
+    assert torch.bfloat16 in precisions if how == "bf16" else counters["stats"]["unique_graphs"] > 0
     losses = logged(run, "loss")
     assert sum(losses[-4:]) < sum(losses[:4])
     loaded = VPTModel.from_pretrained(new().model, Path(run.args.output_dir, "checkpoint-24"))
@@ -278,9 +311,12 @@ def test_a_push_while_training_is_a_whole_adapter_with_the_callback(
     monkeypatch.setattr("transformers.trainer.is_peft_available", lambda: False)
     vpt = vit.prompted()
     arguments = {"push_to_hub": True, "hub_model_id": "me/tuned", "hub_token": "hf_me", "hub_always_push": True}
-    trainer(vpt, vit, [PushAdapter()], **arguments).train()
+    run = trainer(vpt, vit, [PushAdapter()], **arguments)
+    run.train()
     loaded = VPTModel.from_pretrained(BUILDERS["vit"]().model, "me/tuned", token="hf_me")
     assert_same(state(loaded), state(vpt))
+    card = Path(hf_hub_download("me/tuned", "README.md", token="hf_me")).read_text()
+    assert 'from_pretrained(model, "me/tuned")' in card and run.args.output_dir not in card
 
 
 def test_a_state_dict_holds_adapters_alone_and_comes_back(tiny: Tiny, new: Any) -> None:

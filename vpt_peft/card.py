@@ -116,7 +116,7 @@ def _render(
     tensors = adapter.tensors().values()
     return template.substitute(
         title=_cell(where[1] or Path(where[0]).name),
-        variant=_variant(config),
+        variant=_variant(adapter),
         backbone=_backbone(config),
         num_tokens=config.num_tokens,
         parameters=f"{sum(parameter.numel() for parameter in adapter.parameters()):,}",
@@ -126,10 +126,17 @@ def _render(
     )
 
 
-def _variant(config: PromptConfig) -> str:
-    if config.num_tokens == 0:
-        return "BitFit" if config.bias == "all" else "linear probing"
-    return "VPT-Deep" if config.deep else "VPT-Shallow"
+def _variant(adapter: Adapter) -> str:
+    if adapter.config.num_tokens == 0:
+        return "BitFit" if adapter.config.bias == "all" else "linear probing"
+    fresh = [layer for layer, step in enumerate(adapter.steps) if step is not None and step.fresh]
+    if fresh == [0]:
+        return "VPT-Shallow"
+    if len(fresh) == len(adapter.steps):
+        return "VPT-Deep"
+    in_a_row = len(fresh) > 2 and fresh == list(range(fresh[0], fresh[-1] + 1))
+    layers = f"{fresh[0]} to {fresh[-1]}" if in_a_row else ", ".join(map(str, fresh))
+    return f"VPT with fresh prompts in layer{'s' if len(fresh) > 1 else ''} {layers}, counted from 0"
 
 
 def _cell(text: str) -> str:

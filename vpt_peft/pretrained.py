@@ -125,6 +125,13 @@ class AdaptedModel(PreTrainedModel):
             )
         return super().to(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise AdapterError(
+            "A VPTModel cannot be copied to several GPUs by nn.DataParallel, which Trainer uses where one process sees "
+            "several. Start one process for each with torchrun or accelerate launch, or show the process a single one "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
+
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Sets the backbone's attention, as its own method does; prompts go on reaching it."""
         self.base_model.set_attn_implementation(*args, **kwargs)

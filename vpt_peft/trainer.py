@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,8 +95,9 @@ class PushAdapter(TrainerCallback):
     """
 
     def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Saves the active adapter where Trainer is about to upload from."""
+        """Saves the active adapter where Trainer is about to upload from. Its card names the repository."""
         found = _adapted(model)
         is_shared = any(isinstance(one, DTensor) for vpt in found for one in vpt.adapters.parameters())
         if state.is_world_process_zero and found and not is_shared:  # only one process comes here, and cannot gather
-            found[0].save_pretrained(args.output_dir, [found[0].active_adapter])
+            model_id = args.hub_model_id or Path(args.output_dir).absolute().name  # as Trainer has it
+            found[0].save_pretrained(args.output_dir, [found[0].active_adapter], model_id=model_id)
