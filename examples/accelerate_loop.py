@@ -144,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         vpt, accuracy = train(accelerator, vpt, train_set, test_set, args)
     except (DataError, VPTError, OSError) as error:
         sys.exit(str(error))
-    if accelerator.is_main_process:
-        vpt.save_pretrained(args.output, metrics={f"accuracy, % of {len(test_set)} test images": accuracy})
+    metrics = {f"accuracy, % of {len(test_set)} test images": accuracy}
+    vpt.save_pretrained(args.output, is_main_process=accelerator.is_main_process, metrics=metrics)
     accelerator.print(
         f"{accuracy:.1f} % of the {len(test_set)} test images are right, with {accelerator.num_processes} processes. "
         f"Saved in {args.output}."

@@ -20,7 +20,7 @@ from vpt_peft import VPTModel
 
 CARD = """# {title}
 
-[{base}](https://huggingface.co/{base}), all of it tuned to the classes {classes}.
+{base}, all of it tuned to the classes {classes}.
 
 | | |
 |---|---|
@@ -103,20 +103,20 @@ class Report:
 
     def finish(self) -> None:
         """Saves everything, prints where it is, and pushes it if that was asked for."""
-        first, folder = self.runs[0], self.args.output
+        first, folder, names = self.runs[0], self.args.output, self.task.class_names
+        self._save(first.model, folder, names, first.main)
         if not first.main:
             return
         if len(self.runs) > 1:
             _, mean, deviation = self.metrics().values()
             print(f"{mean:.1f} ± {deviation:.1f} %: mean and standard deviation of {len(self.runs)} seeds.")
-        title, names = f"{self.method.title} on {self.task.model}, {self.task.data}", self.task.class_names
+        title = f"{self.method.title} on {self.task.model}, {self.task.data}"
         split = "validation" if self.args.keep_best else "test"
         plots.learning_curve(folder / "learning_curve.png", self.histories, title, split)
         counts = plots.confusion(first.labels, first.predictions, len(names))
         heading = f"{title}\n{first.accuracy:.1f} % of {len(first.labels)} test images are right"
         plots.confusion_matrix(folder / "confusion_matrix.png", counts, names, heading)
         self._write_results(counts.tolist())
-        self._save(first.model, folder, names)
         if self.args.push_to_hub:
             print(f"Pushed to {self._push(first.model, folder)}")
         print(f"Saved in {folder}: {self.method.title} of seed {first.seed}, results.json and pictures.")
@@ -135,25 +135,29 @@ class Report:
         text = json.dumps({**report, "confusion": confusion, "histories": self.histories}, indent=1)
         (self.args.output / "results.json").write_text(text, encoding="utf-8")
 
-    def _save(self, model: Any, folder: Path, names: list[str]) -> None:
+    def _save(self, model: Any, folder: Path, names: list[str], main: bool) -> None:
+        """Called in every process: what several share is gathered by all of them."""
         if isinstance(model, VPTModel):
-            model.save_pretrained(
-                folder, image_processor=self.task.processor, metrics=self.metrics(), training_data=self.task.data
-            )
+            details = {"metrics": self.metrics(), "training_data": self.task.training_data}
+            model.save_pretrained(folder, image_processor=self.task.processor, is_main_process=main, **details)
             return
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, is_main_process=main)
+        if not main:
+            return
         self.task.processor.save_pretrained(folder)
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in self.metrics().items())
         facts = ModelCardData(
-            library_name="transformers", pipeline_tag="image-classification", base_model=self.task.model
+            library_name="transformers", pipeline_tag="image-classification", base_model=self.task.base_model
         )
-        text = CARD.format(title=folder.name, base=self.task.model, classes=", ".join(names), rows=rows)
+        name = self.task.model
+        base = f"[{name}](https://huggingface.co/{name})" if self.task.base_model else name
+        text = CARD.format(title=folder.name, base=base, classes=", ".join(names), rows=rows)
         ModelCard(f"---\n{facts.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
     def _push(self, model: Any, folder: Path) -> str:
         repo, private = self.args.push_to_hub, self.args.private or None
         if isinstance(model, VPTModel):
-            details = {"metrics": self.metrics(), "training_data": self.task.data}
+            details = {"metrics": self.metrics(), "training_data": self.task.training_data}
             commit = model.push_to_hub(repo, private=private, image_processor=self.task.processor, **details)
         else:
             create_repo(repo, private=private, exist_ok=True)

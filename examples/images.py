@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import file_exists
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +20,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "valid", "val")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+HALF = (0.5, 0.5, 0.5)
 
 
 class DataError(ValueError):
@@ -39,13 +43,40 @@ def image_size_of(model_name: str) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def processor_settings(model_name: str) -> dict[str, Any]:
+    """The settings of a checkpoint's image processor; none, and a note, where it comes without one.
+
+    Raises:
+        DataError: there is one, or may be one, but it cannot be read.
+    """
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(model_name)[0]
+    except (OSError, ValueError) as error:
+        if not _comes_without_processor(model_name):
+            raise DataError(
+                f"The image processor of '{model_name}' must be readable, since images normalised otherwise than in "
+                f"pretraining give wrong results without a word: {error}"
+            ) from error
+    print(f"{model_name} comes without an image processor: images are normalised by 0.5 and 0.5.", file=sys.stderr)
+    return {}
+
+
+def _comes_without_processor(model_name: str) -> bool:
+    if os.path.isdir(model_name):
+        return not any(Path(model_name, file).is_file() for file in PROCESSOR_FILES)
+    try:
+        return not any(file_exists(model_name, file) for file in PROCESSOR_FILES)
+    except Exception:  # the Hub cannot be asked
+        return False
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What a backbone expects: square images of ``size`` pixels, scaled to 0..1, then normalised a channel."""
 
     size: int
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
 
     @classmethod
     def of(cls, model_name: str, image_size: int | None = None) -> Preprocessing:
@@ -59,13 +90,9 @@ class Preprocessing:
         """
         own = image_size_of(model_name)[0]
         size = image_size or own
-        try:
-            # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(model_name)
-        except (OSError, ValueError):
-            return cls(size)
-        half = (0.5, 0.5, 0.5)
-        return cls(size, tuple(settings.get("image_mean", half)), tuple(settings.get("image_std", half)))
+        # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
+        settings = processor_settings(model_name)
+        return cls(size, tuple(settings.get("image_mean", HALF)), tuple(settings.get("image_std", HALF)))
 
     def load(self, image: Image.Image) -> Tensor:
         """``(3, size, size)`` bytes: the largest square in the middle of the image, resized."""

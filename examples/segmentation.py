@@ -9,17 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from images import SUFFIXES, DataError
 from PIL import Image
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor
 
 VOID = 255  # the label of pixels that have none: what transformers' losses ignore by default
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SCENE, DIGIT = 64, 28  # pixels a side
-
-
-class DataError(ValueError):
-    """The images cannot be used. Says what was expected, what came and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,8 @@ def load_folder(
         images = torch.stack([_image(image, size) for image, _ in pairs])
         masks = torch.stack([_mask(mask, size) for _, mask in pairs])
         splits.append((images, masks.masked_fill(masks == ignore_index, VOID)))
+    if len(splits[0][0]) < 2:
+        raise DataError(f"There must be at least 2 training images in '{folder}', got {len(splits[0][0])}.")
     used = torch.cat([masks[masks != VOID].unique() for _, masks in splits])
     if not len(used):
         raise DataError(f"The masks in '{folder}' must have labels other than {ignore_index}, but have none.")

@@ -7,11 +7,11 @@ As in the paper: trials train on 80 % of the training images and are judged by t
 trains on all of them and is tested once. Bad trials are pruned, failed ones are left out. Trials are kept in a file,
 so that the same command goes on where it stopped, and with more ``--trials``; when there are enough, it only retrains.
 
-On a Ray cluster the same search takes ``ray.init(address="auto")`` and, in place of Optuna's arguments,
-``trainer.hyperparameter_search(backend="ray", hp_space=..., n_trials=40, direction="maximize",
-compute_objective=..., resources_per_trial={"cpu": 4, "gpu": 1})``, where ``hp_space`` returns a dictionary of
-``ray.tune``'s distributions, such as ``tune.loguniform(3e-4, 3e-2)``, for the same names; ``model_init`` takes what
-Ray draws from it as it takes Optuna's trials. Ray sends the trainer to other machines, backbone included.
+On a Ray cluster the same search takes ``ray.init(address="auto")`` and, in place of ``Search.run``,
+``search.tuner().hyperparameter_search(space, objective, n_trials=40, direction="maximize", backend="ray",
+resources_per_trial={"cpu": 4, "gpu": 1})``, where ``space`` takes None and returns a dictionary of ``ray.tune``'s
+distributions, such as ``tune.loguniform(3e-4, 3e-2)``, for the same names; ``model_init`` takes what Ray draws from it
+as it takes Optuna's trials. Ray sends the trainer to other machines, backbone included.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from transformers import Trainer, TrainingArguments
 from vpt_peft import PromptConfig, VPTError, VPTModel, adamw, get_vpt_model, parameter_groups
 
 LOG_SCALES = ("learning_rate", "head_learning_rate", "weight_decay", "num_tokens")
-COMMON = ("epochs", "batch_size", "min_crop", "flip", "most_tokens", "seed")
+COMMON = ("epochs", "batch_size", "min_crop", "flip", "most_tokens", "seed", "image_column", "label_column")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,6 +72,8 @@ class Tuner(Trainer):
 
     def train(self, *args: Any, trial: Any = None, **kwargs: Any) -> Any:
         """Trains a trial and tells how it ended. An error is noted in it: that tells errors from interruptions."""
+        if isinstance(trial, dict):  # Ray runs it elsewhere, and tells how it ended
+            return super().train(*args, trial=trial, **kwargs)
         title, end = f"Trial {trial.number}", "interrupted"
         quieted(self, title)
         try:
@@ -87,6 +89,11 @@ class Tuner(Trainer):
             raise
         finally:
             print(f"{title}: {end} with {', '.join(f'{name} {value:.2g}' for name, value in trial.params.items())}")
+
+
+def objective(metrics: dict[str, float]) -> float:
+    """What a search maximizes: percent of the validation images."""
+    return metrics["eval_accuracy"]
 
 
 class Search:
@@ -147,22 +154,26 @@ class Search:
             **values,
         )
 
-    def run(self, trials: Trials, number: int) -> None:
-        """Runs so many trials, on 80 % of the training images, judged by the other 20 %."""
+    def tuner(self) -> Tuner:
+        """Trains on 80 % of the training images, and is judged by the other 20 %."""
         parts = split(self.task.splits["train"], 0.2, self.args.seed)
-        tuner = Tuner(
+        return Tuner(
             args=self.settings(Arguments),
             model_init=self.model_init,
             train_dataset=self.task.for_training(parts["train"]),
             eval_dataset=self.task.for_testing(parts["test"]),
             compute_metrics=accuracy_of,
         )
-        steps = self.args.epochs * -(-len(parts["train"]) // self.args.batch_size)
+
+    def run(self, trials: Trials, number: int) -> None:
+        """Runs so many trials."""
+        tuner = self.tuner()
+        steps = self.args.epochs * -(-len(tuner.train_dataset) // self.args.batch_size)  # type: ignore[arg-type]
         seed = self.args.seed + len(trials.all())  # the same one would draw what it has drawn before
         try:
             tuner.hyperparameter_search(
                 self.space,
-                compute_objective=lambda metrics: metrics["eval_accuracy"],
+                compute_objective=objective,
                 n_trials=number,
                 direction="maximize",
                 backend="optuna",
@@ -191,7 +202,10 @@ class Search:
         reached = trainer.predict(self.task.for_testing(self.task.splits["test"])).metrics["test_accuracy"]
         metrics = {f"accuracy, % of {len(self.task.splits['test'])} test images": reached}
         vpt.save_pretrained(
-            self.args.output, image_processor=self.task.processor, metrics=metrics, training_data=self.task.data
+            self.args.output,
+            image_processor=self.task.processor,
+            metrics=metrics,
+            training_data=self.task.training_data,
         )
         return reached
 
@@ -204,7 +218,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         task = Task.load(args, args.seed)
         search, name = Search(args, task), f"{task.model}, {task.data}"
-        trials = Trials(args.output / "trials.db", name, {name: getattr(args, name) for name in COMMON})
+        common = {name: getattr(args, name) for name in COMMON} | {
+            "training images": len(task.splits["train"]),
+            "test images": len(task.splits["test"]),
+            "classes": task.class_names,
+        }
+        trials = Trials(args.output / "trials.db", name, common)
         missing = args.trials - len(trials.ended())
         if missing > 0:
             trials.repeat_interrupted()

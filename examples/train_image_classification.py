@@ -41,7 +41,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-tokens", type=int, help="prompt length, in place of the method's own")
     add("--accumulate", type=int, default=1, metavar="N", help="an optimizer's step every N batches (default: 1)")
     add("--learning-rate", type=float, help="in place of the method's own")
-    add("--head-learning-rate", type=float, help="in place of the method's own")
+    add("--head-learning-rate", type=float, help="in place of the method's own (default: --learning-rate, if given)")
     add("--weight-decay", type=float, default=Settings.weight_decay, help="default: %(default)s")
     add("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     add("--keep-best", action="store_true", help="keep the epoch that was best on a tenth of the training images")
@@ -64,6 +64,7 @@ def check_settings(args: argparse.Namespace) -> None:
     file = args.output / "settings.json"
     ours = {name: value for name, value in vars(args).items() if name not in left_out}
     ours |= {name: ours[name] and public_name(ours[name]) for name in ("model", "data")}
+    ours["first seed"] = args.seeds[0]  # it draws which images are left out for testing
     theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
     other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
     if other:
@@ -83,12 +84,12 @@ def chosen_method(args: argparse.Namespace) -> Method:
         if config is None or config.num_tokens == 0:
             raise DataError(f"--num-tokens is for methods with prompts, got --method {args.method}.")
         config = dataclasses.replace(config, num_tokens=args.num_tokens)
-    return dataclasses.replace(
-        method,
-        config=config,
-        learning_rate=args.learning_rate or method.learning_rate,
-        head_learning_rate=args.head_learning_rate or method.head_learning_rate,
-    )
+    rates = method.learning_rate, method.head_learning_rate
+    if args.learning_rate is not None:
+        rates = args.learning_rate, None
+    if args.head_learning_rate is not None:
+        rates = rates[0], args.head_learning_rate
+    return dataclasses.replace(method, config=config, learning_rate=rates[0], head_learning_rate=rates[1])
 
 
 def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDict, seed: int) -> Run:

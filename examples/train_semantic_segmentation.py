@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import transformers
-from segmentation import DataError, Scores, SegmentationSet, digit_scenes, load_folder, picture, score
+from images import HALF, DataError, processor_settings
+from segmentation import Scores, SegmentationSet, digit_scenes, load_folder, picture, score
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -31,7 +32,6 @@ from transformers import (
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
-from transformers.image_processing_base import ImageProcessingMixin
 
 from vpt_peft import PromptConfig, VPTError, VPTModel, get_vpt_model
 
@@ -43,7 +43,6 @@ METHODS = {
     "vpt-deep": ("VPT-Deep", PromptConfig(num_tokens=10)),
     "full": ("Full fine-tuning", None),
 }
-HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ class Trainer:
         rest = [tensor for tensor in model.parameters() if tensor.requires_grad and tensor not in head]
         groups = [{"params": rest, "lr": rates[0]}, {"params": list(head), "lr": rates[1]}]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
-        steps = epochs * math.ceil(len(data) / self.batch_size)
+        left_over = len(data) % self.batch_size == 1  # batch norm over one value is none: such a batch is left out
+        steps = epochs * (math.ceil(len(data) / self.batch_size) - left_over)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
@@ -93,8 +93,7 @@ class Trainer:
         with tqdm(total=steps, desc=name, unit="step") as bar:
             for _ in range(epochs):
                 for indices in torch.randperm(len(data), generator=generator).split(self.batch_size):
-                    bar.update()
-                    if len(indices) == 1 < len(data):  # batch norm over one value is none
+                    if len(indices) == 1:
                         continue
                     images, masks = data.images[indices], data.masks[indices]
                     if self.flip and torch.rand((), generator=generator) < 0.5:
@@ -105,6 +104,7 @@ class Trainer:
                     optimizer.step()
                     schedule.step()
                     bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                    bar.update()
         return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -152,11 +152,7 @@ def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path,
         model.backbone = whole.backbone
     else:
         print(f"1. Loading {args.model}.")
-        settings: dict[str, Any] = {}
-        try:
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(args.model)
-        except (OSError, ValueError):
-            print("   It comes without an image processor: images are normalised by 0.5 and 0.5.")
+        settings = processor_settings(args.model)
         mean, std = (tuple(settings.get(name, HALF)) for name in ("image_mean", "image_std"))
         trainer = Trainer(args.batch_size, args.seed, args.flip, mean, std)
         if AutoConfig.from_pretrained(args.model).model_type == "swin":
@@ -233,7 +229,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=int, default=100, help="digit scenes to train on, and as many to test on (default: 100)")
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
     add("--output", type=Path, default=Path("runs", "segmentation"), help="default: %(default)s")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("epochs", 1), ("batch_size", 2), ("images", 2), ("pretraining_images", 2)):
+        if getattr(args, name) < least:  # decode heads have batch norms, which need two images
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:

@@ -12,7 +12,7 @@ import transformers
 from augmentation import RandomCropAndFlip
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from images import TEST_SPLITS, DataError, ImageSet, image_size_of
+from images import TEST_SPLITS, DataError, ImageSet, image_size_of, processor_settings
 from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
@@ -27,17 +27,19 @@ def load_image_processor(model_name: str) -> Any:
     """The checkpoint's own image processor; where it comes without one, 0.5 for mean and deviation.
 
     Raises:
-        DataError: there is no such checkpoint, or it is not for images.
+        DataError: there is no such checkpoint, it is not for images, or its image processor cannot be read.
     """
     height, width = image_size_of(model_name)
     size = {"size": {"height": height, "width": width}}
+    if not processor_settings(model_name):
+        return ViTImageProcessorPil(**size)
     try:
         processor = _from_pretrained(model_name)
         if processed_size(processor) == (height, width):
             return processor
         return _from_pretrained(model_name, do_center_crop=False, **size)  # the backbone takes its own size only
-    except (OSError, ValueError):
-        return ViTImageProcessorPil(**size)
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{model_name}' must have an image processor that transformers knows: {error}") from error
 
 
 def _from_pretrained(model_name: str, **changes: Any) -> Any:

@@ -37,9 +37,16 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
     own = args.model is not None
-    args.epochs = args.epochs or (Settings.epochs if own else DIGITS_EPOCHS)
-    args.min_crop = args.min_crop or (MIN_CROP if own else DIGITS_MIN_CROP)
+    if args.epochs is None:
+        args.epochs = Settings.epochs if own else DIGITS_EPOCHS
+    if args.min_crop is None:
+        args.min_crop = MIN_CROP if own else DIGITS_MIN_CROP
     args.flip = own if args.flip is None else args.flip
+    for name in ("epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    if not 0 < args.min_crop <= 1:
+        parser.error(f"--min-crop must be above 0 and at most 1, got {args.min_crop:g}.")
     return args
 
 
@@ -50,6 +57,8 @@ class Task:
     Attributes:
         backbone: the checkpoint's name or folder.
         model, data: what to call them elsewhere, without where they lie on this machine.
+        base_model: the checkpoint's name on the Hub; None: it is not from there.
+        training_data: the data for a model card, where a folder's name must not pass for a data set of the Hub.
         processor: the checkpoint's image processor.
         splits: ``train`` and ``test``, with the columns ``image`` and ``label``.
         augmentation: for training images.
@@ -58,6 +67,8 @@ class Task:
     backbone: str
     model: str
     data: str
+    base_model: str | None
+    training_data: str
     processor: Any
     splits: data.DatasetDict
     augmentation: RandomCropAndFlip
@@ -74,8 +85,11 @@ class Task:
             with state.main_process_first():
                 splits = data.load_data(args.data, seed, args.image_column, args.label_column)
             backbone, model, name = args.model, data.public_name(args.model), data.public_name(args.data)
+            base_model = None if Path(args.model).is_dir() else args.model
+            training_data = f"{name} (a folder)" if Path(args.data).is_dir() else name
         else:
             backbone, model, name = str(args.output / "backbone"), KINDS[args.backbone], "handwritten digits 5 to 9"
+            base_model, training_data = None, name
             if state.is_main_process and not Path(backbone, "model.safetensors").is_file():
                 print(f"Pretraining a {model} on the handwritten digits 0 to 4.")
                 digits.pretrain(args.backbone, Path(backbone), digits.PRETRAINING_EPOCHS, seed)
@@ -85,7 +99,7 @@ class Task:
         processor = data.load_image_processor(backbone)
         size = data.processed_size(processor)
         augmentation = RandomCropAndFlip(size, args.min_crop, args.flip, processor.resample)
-        return cls(backbone, model, name, processor, splits, augmentation)
+        return cls(backbone, model, name, base_model, training_data, processor, splits, augmentation)
 
     @property
     def class_names(self) -> list[str]:

@@ -109,7 +109,7 @@ def groups(model: nn.Module, learning_rate: float, head_learning_rate: float | N
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in head]
     found = [
         {"params": rest, "lr": learning_rate},
-        {"params": list(head), "lr": head_learning_rate or learning_rate},
+        {"params": list(head), "lr": learning_rate if head_learning_rate is None else head_learning_rate},
     ]
     return [group for group in found if group["params"]]
 

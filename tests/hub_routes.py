@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import parse_qs
 
+import yaml
 from hub_http import Request, Response, Routes
 from hub_repo import Blob, Change, HubError, Repo, wants_lfs
 
@@ -209,11 +210,23 @@ def read_commit(repo: Repo, lines: Iterable[bytes]) -> tuple[dict[str, Any], Cha
     return header, change
 
 
+def check_card(change: Change) -> None:
+    """The Hub refuses model cards whose metadata names what no repository can be called."""
+    card = change.added.get("README.md")
+    front = re.match(r"---\n(.*?)\n---\n", card.content.decode(), re.DOTALL) if card else None
+    metadata = (yaml.safe_load(front[1]) or {}) if front else {}
+    for field in ("base_model", "datasets"):
+        for name in [metadata[field]] if isinstance(metadata.get(field), str) else metadata.get(field) or []:
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+                raise HubError(400, f'Invalid metadata in README.md: "{field}" with value "{name}" is not valid.')
+
+
 @hub_route("POST", f"{REPO}/commit/{REVISION}")
 def commit(request: Request) -> dict[str, Any]:
     repo, revision = request.repo, request.revision
     require_commit(request)
     header, change = read_commit(repo, request.body.splitlines())
+    check_card(change)
     head, expected = repo.resolve(revision).oid, header.get("parentCommit")
     if expected not in (None, head):
         raise HubError(412, f"A commit has happened since {expected}: {head}")

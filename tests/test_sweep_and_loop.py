@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sqlite3
@@ -10,7 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import optuna
@@ -24,17 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import accelerate_loop
 import digits
+import sweep
 from images import DataError
 from sweep_trials import Trials
 
 from vpt_peft import AutoVPTModel, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
-# Under a name of its own: the benchmarks have a script of the same name.
-SPEC = importlib.util.spec_from_file_location("examples_sweep", ROOT / "examples" / "sweep.py")
-assert SPEC is not None and SPEC.loader is not None
-sweep = sys.modules["examples_sweep"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(sweep)
 
 Run = Callable[..., Path]
 
@@ -158,7 +156,41 @@ def test_without_a_trial_that_ends_the_errors_are_told(run: Run, monkeypatch: py
         run(2)
 
 
-def test_bad_trials_are_pruned(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_see_four_fifths_of_the_training_images_and_the_best_is_tested_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, int, set[bytes]]] = []
+
+    def recording(purpose: str, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, rows: Any) -> Any:
+            used.append((purpose, len(rows), {picture.tobytes() for picture in rows["image"]}))
+            return prepare(self, rows)
+
+        return call
+
+    for purpose in ("for_training", "for_testing"):
+        monkeypatch.setattr(sweep.Task, purpose, recording(purpose, getattr(sweep.Task, purpose)))
+    run(2)
+    assert [(purpose, number) for purpose, number, _ in used] == [
+        ("for_training", 16), ("for_testing", 4),  # of all trials
+        ("for_training", 20), ("for_testing", 20),  # of the best, on all training images and on the test images
+    ]  # fmt: skip
+    trained, judged, retrained, _ = (pictures for _, _, pictures in used)
+    assert not trained & judged and trained | judged == retrained
+
+
+def test_the_search_prunes_a_trial_that_is_worse_than_most(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three epochs of four trials to compare with; one of a bad trial; the test of the best.
+    reached = iter([90.0] * 3 * 4 + [10.0] + [80.0])
+    monkeypatch.setattr(sweep, "accuracy_of", lambda prediction: {"accuracy": next(reached)})
+    folder = run(5, "--epochs", "3")
+    assert states(folder) == ["COMPLETE"] * 4 + ["PRUNED"]
+    assert json.loads((folder / "results.json").read_text())["test"] == 80.0
+
+
+def test_without_a_trial_that_is_not_pruned_there_is_no_best(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pruner = optuna.pruners.ThresholdPruner(lower=101)
     monkeypatch.setattr(sweep.optuna.pruners, "MedianPruner", lambda **kwargs: pruner)
     with pytest.raises(SystemExit, match="of 2 none did"):
@@ -170,6 +202,81 @@ def test_a_search_with_other_settings_is_refused(run: Run) -> None:
     run(1)
     with pytest.raises(SystemExit, match="had seed 0, not 1"):
         run(2, "--seed", "1")
+    with pytest.raises(SystemExit, match="had label_column None, not label"):
+        run(2, "--label-column", "label")
+
+
+def test_a_search_on_another_folder_of_the_same_name_is_refused(run: Run, tmp_path: Path) -> None:
+    run(1)
+    (tmp_path / "colors/train/red/0.png").unlink()
+    with pytest.raises(SystemExit, match="had training images 20, not 19"):
+        run(2)
+
+
+class FakeRay(ModuleType):
+    """What transformers asks of Ray Tune, in this process: it draws the first, second, ... of what it can choose from.
+
+    Stands in for a cluster, which tests do not have: that trials get what Ray draws, and Ray what they reach.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("ray.tune")
+        self.reported: list[float] = []
+
+    def get_checkpoint(self) -> None:
+        return None
+
+    def with_parameters(self, function: Callable[..., Any], **parameters: Any) -> Callable[..., Any]:
+        return partial(function, **parameters)
+
+    def report(self, metrics: dict[str, float], checkpoint: Any = None) -> None:
+        self.reported.append(metrics["objective"])
+
+    def run(self, trainable: Callable[..., Any], config: dict[str, list[Any]], num_samples: int, **_: Any) -> Any:
+        trials = [{name: choices[number] for name, choices in config.items()} for number in range(num_samples)]
+        ended = []
+        for number, trial in enumerate(trials):
+            trainable(dict(trial))
+            result = {"objective": self.reported[-1]}
+            ended.append(SimpleNamespace(trial_id=str(number), last_result=result, config=trial))
+        best = max(ended, key=lambda one: one.last_result["objective"])
+        return SimpleNamespace(get_best_trial=lambda **_: best)
+
+
+def test_ray_searches_with_the_same_trainer(
+    checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune = FakeRay()
+    ray = ModuleType("ray")
+    ray.tune = tune  # type: ignore[attr-defined]
+    ray.__spec__, tune.__spec__ = ModuleSpec("ray", None), ModuleSpec("ray.tune", None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.tune", tune)
+    data = picture_folder("colors", number=10)
+    args = sweep.arguments(
+        ["--model", str(checkpoint), "--data", str(data), "--epochs", "1", "--output", str(tmp_path / "out")]
+    )
+    search = sweep.Search(args, sweep.Task.load(args, 0))
+    reached = iter([40.0, 60.0])
+    monkeypatch.setattr(sweep, "accuracy_of", lambda prediction: {"accuracy": next(reached)})
+    used = []
+
+    def groups(model: Any, *rates: float) -> Any:
+        used.append((model.active_config.num_tokens, len(model.active_config.layers_to_transform), *rates))
+        return parameter_groups(model, *rates)
+
+    monkeypatch.setattr(sweep, "parameter_groups", groups)
+    space = {
+        "num_tokens": [1, 3], "depth": [2, 1],
+        "learning_rate": [1e-3, 2e-3], "head_learning_rate": [1e-2, 2e-2], "weight_decay": [0.0, 0.1],
+    }  # fmt: skip
+    found = search.tuner().hyperparameter_search(
+        lambda _: space, sweep.objective, n_trials=2, direction="maximize", backend="ray", progress_reporter=None
+    )
+
+    assert used == [(1, 2, 1e-3, 1e-2, 0.0), (3, 1, 2e-3, 2e-2, 0.1)]
+    assert tune.reported == [40.0, 60.0]
+    assert (found.objective, found.hyperparameters) == (60.0, {name: choices[1] for name, choices in space.items()})
 
 
 def test_every_trial_starts_from_the_same_backbone(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from hub_server import HubServer
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, SwinConfig, SwinForImageClassification
@@ -26,7 +30,7 @@ import train_image_classification as example
 import trainer_data
 import trainer_tools
 from augmentation import RandomCropAndFlip, has_torchvision
-from images import DataError
+from images import HALF, DataError, Preprocessing
 from training import METHODS
 
 from vpt_peft import VPTModel
@@ -170,11 +174,29 @@ def test_going_on_with_other_settings_is_refused(run: Run) -> None:
     run()
     with pytest.raises(SystemExit, match="num_tokens None, not 3"):
         run("--resume", "--num-tokens", "3")
+    with pytest.raises(SystemExit, match="first seed 0, not 1"):  # it would test on images of the first one's training
+        run("--resume", "--seeds", "1")
+    run("--resume", "--seeds", "0", "1")
 
 
-def test_the_best_epoch_is_kept_without_looking_at_the_test_images(run: Run) -> None:
+def test_the_best_epoch_is_kept_without_looking_at_the_test_images(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[str, set[bytes]]] = []
+
+    def recording(purpose: str, prepare: Callable[..., Dataset]) -> Callable[..., Dataset]:
+        def call(self: Any, rows: Dataset) -> Dataset:
+            used.append((purpose, {picture.tobytes() for picture in rows["image"]}))
+            return prepare(self, rows)
+
+        return call
+
+    for purpose in ("for_training", "for_testing"):
+        monkeypatch.setattr(example.Task, purpose, recording(purpose, getattr(example.Task, purpose)))
     folder = run("--keep-best", "--num-tokens", "3", epochs=3)
 
+    (_, trained), (_, validated), (_, tested) = used
+    assert [purpose for purpose, _ in used] == ["for_training", "for_testing", "for_testing"]
+    assert (len(trained), len(validated), len(tested)) == (13, 2, 15)
+    assert not trained & validated
     history = json.loads((folder / "results.json").read_text())["histories"]["0"]
     reached = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
     steps = [entry["step"] for entry in history if "eval_accuracy" in entry]
@@ -194,6 +216,47 @@ def test_without_model_and_data_it_takes_handwritten_digits(tmp_path: Path, monk
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert (results["model"], results["data"]) == ("small ViT", "handwritten digits 5 to 9")
     assert sum(map(sum, results["confusion"])) == 627
+
+
+def test_it_runs_on_two_processes(checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+    data = picture_folder("colors", "red green blue", splits=("train", "test"))
+    script = Path(example.__file__)
+    where = ["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out"), "--epochs", "1"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    root = str(script.parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, str(script), *where], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of the test images are right") == 1, "one process speaks for both"
+    assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"prompts", "head"}
+    assert sum(map(sum, json.loads((tmp_path / "out/results.json").read_text())["confusion"])) == 15
+
+
+def test_learning_rates_are_the_ones_asked_for() -> None:
+    def chosen(*options: str) -> tuple[float, float | None]:
+        method = example.chosen_method(example.arguments(options))
+        return method.learning_rate, method.head_learning_rate
+
+    own = digits.SMALL_METHODS["linear"]
+    assert chosen("--method", "linear") == (own.learning_rate, own.head_learning_rate)
+    assert chosen("--method", "linear", "--learning-rate", "0.5") == (0.5, None), "the head is all that trains"
+    assert chosen("--learning-rate", "0.5", "--head-learning-rate", "0") == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--min-crop", "0"], "--min-crop must be above 0 and at most 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example.arguments(options)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -234,6 +297,7 @@ def test_a_pushed_adapter_comes_back_with_its_processor_and_card(hub: HubServer,
     assert hub.repo("me/colors").private
     card = hub.repo("me/colors").files()["README.md"].decode()
     assert "| accuracy, % of 15 test images |" in card and "pipeline_tag: image-classification" in card
+    assert "| training data | colors (a folder) |" in card and "datasets:" not in card
 
 
 def test_a_fully_tuned_model_is_pushed_without_checkpoints(hub: HubServer, run: Run) -> None:
@@ -242,6 +306,8 @@ def test_a_fully_tuned_model_is_pushed_without_checkpoints(hub: HubServer, run: 
         assert AutoModelForImageClassification.from_pretrained("me/whole").config.id2label[0] == "blue"
     files = set(hub.repo("me/whole").files())
     assert files - {".gitattributes"} == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    card = hub.repo("me/whole").files()["README.md"].decode()
+    assert "base_model" not in card and "huggingface.co" not in card, "the backbone is a folder here"
 
 
 # -- data -----------------------------------------------------------------------------------------------------------
@@ -297,6 +363,36 @@ def test_test_images_are_what_the_checkpoints_processor_makes_of_them(checkpoint
     cropped = trainer_data.prepared(rows, processor, RandomCropAndFlip((16, 16)))[0]["pixel_values"]
     black = torch.tensor([-0.1 / 0.4, -0.2 / 0.5, -0.3 / 0.6]).view(3, 1, 1)
     torch.testing.assert_close(cropped, black.expand(3, 16, 16))
+
+
+def test_a_checkpoint_without_an_image_processor_is_told_from_one_that_cannot_be_read(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "preprocessor_config.json").write_text("{")
+    for load in (trainer_data.load_image_processor, Preprocessing.of):
+        with pytest.raises(DataError, match="must be readable"):
+            load(str(model))
+    (model / "preprocessor_config.json").unlink()
+    assert trainer_data.load_image_processor(str(model)).image_mean == HALF
+    assert Preprocessing.of(str(model)).mean == HALF
+    assert capsys.readouterr().err.count("comes without an image processor") == 2
+
+
+def test_a_hub_that_cannot_be_asked_does_not_mean_that_there_is_no_image_processor(
+    hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub.client(token="hf_me"):
+        create_repo("me/bare")
+        upload_folder(repo_id="me/bare", folder_path=checkpoint, ignore_patterns=["preprocessor_config.json"])
+        assert trainer_data.load_image_processor("me/bare").image_mean == HALF
+        monkeypatch.setattr("images.file_exists", _unreachable)
+        with pytest.raises(DataError, match="image processor of 'me/bare' must be readable"):
+            trainer_data.load_image_processor("me/bare")
+
+
+def _unreachable(*_: Any) -> bool:
+    raise ConnectionError
 
 
 # -- augmentation ---------------------------------------------------------------------------------------------------
