@@ -226,6 +226,9 @@ class FakeRay(ModuleType):
     def get_checkpoint(self) -> None:
         return None
 
+    def get_context(self) -> Any:
+        return SimpleNamespace(get_trial_id=lambda: "a-trial")
+
     def with_parameters(self, function: Callable[..., Any], **parameters: Any) -> Callable[..., Any]:
         return partial(function, **parameters)
 
