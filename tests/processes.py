@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -93,7 +94,9 @@ def main(folder: Path) -> None:
                 tiny, place = build(), folder / f"{way}-{kind}-{name}"
                 vpt = tiny.prompted(**config).train()
                 found = run(vpt, tiny)
-                vpt.save_pretrained(place, is_main_process=is_main)  # all of them: a sharded adapter is gathered
+                with patch.object(DTensor, "full_tensor", autospec=True, side_effect=DTensor.full_tensor) as gather:
+                    vpt.save_pretrained(place, is_main_process=is_main)  # all of them: a sharded adapter is gathered
+                assert gather.call_count == (len(found) if way == "fsdp" else 0), "the adapter's tensors and no others"
                 if is_main:
                     save_file(found, place / "gradients.safetensors")
     for kind, build in BUILDERS.items():
