@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import digits
 from accuracy_tables import comparison, insert, settings_table, summary, sweep_table
-from images import DataError, ImageSet, Preprocessing, load_images
+from images import DataError, ImageSet, Preprocessing, load_images, public_name
 from settings import ALL_METHODS, Run, best, candidates, find, settings_of, variant
 from training import Method, Result, Settings, be_quiet, load_backbone, tune
 
@@ -91,12 +91,7 @@ def tasks(args: argparse.Namespace, seed: int, folder: Path) -> Iterator[Task]:
         yield Task(f"small {args.backbone}, digits 0-4", str(folder), "digits 5-9", *digits.new_task(seed))
     for data in args.data:
         images = load_images(data, Preprocessing.of(args.model, args.image_size), seed)
-        yield Task(_name(args.model), args.model, _name(data), *images)
-
-
-def _name(source: str) -> str:
-    """The name of a folder, without where it lies on this machine; a name on the Hub stays as it is."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
+        yield Task(public_name(args.model), args.model, public_name(data), *images)
 
 
 def methods(args: argparse.Namespace, data: str) -> Iterator[tuple[str, Method]]:

@@ -17,6 +17,7 @@ from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTF
 SIZE = 32
 OLD, NEW = range(5), range(5, 10)
 PRETRAINING_EPOCHS = 15
+EPOCHS = 25  # of tuning: there are few images, and small
 
 # The defaults are for pretrained models of usual widths; heads of so narrow backbones learn faster with larger rates.
 HEAD_LEARNING_RATES = {"linear": 1e-1, "vpt-shallow": 3e-2, "vpt-deep": 3e-2}

@@ -43,6 +43,11 @@ def image_size_of(model_name: str) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def public_name(source: str) -> str:
+    """The name of a folder, without where it lies on this machine; a name on the Hub stays as it is."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 def processor_settings(model_name: str) -> dict[str, Any]:
     """The settings of a checkpoint's image processor; none, and a note, where it comes without one.
 

@@ -23,7 +23,6 @@ from transformers import AutoModelForImageClassification
 from vpt_peft import VPTError, VPTModel
 
 NAMES = ("linear", "vpt-shallow", "vpt-deep")
-DIGITS_EPOCHS = 25
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,7 +33,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="in place of that, a checkpoint for images: its name on the Hugging Face Hub or its folder")
     add("--data", help="your images: a folder of class folders, with or without train/ and test/, or a Hub dataset")
     add("--flip", action="store_true", help="mirror half of the images; only where a mirrored image keeps its class")
-    add("--epochs", type=int, help=f"default: {Settings.epochs}, for the digits {DIGITS_EPOCHS}")
+    add("--epochs", type=int, help=f"default: {Settings.epochs}, for the digits {digits.EPOCHS}")
     add("--pretraining-epochs", type=int, default=digits.PRETRAINING_EPOCHS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
     add("--output", type=Path, help="where to save the adapters (default: runs/quickstart, or a folder beside it)")
@@ -42,7 +41,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
     if args.epochs is None:
-        args.epochs = Settings.epochs if args.model else DIGITS_EPOCHS
+        args.epochs = Settings.epochs if args.model else digits.EPOCHS
     if args.output is None:
         kind = f"{Path(args.model).name}-{Path(args.data).name}" if args.model else args.backbone
         args.output = Path("runs", "quickstart" if kind == "vit" else f"quickstart-{kind}")

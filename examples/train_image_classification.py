@@ -22,8 +22,8 @@ from pathlib import Path
 
 import digits
 from classification_output import Report, Run
-from images import DataError
-from trainer_data import DatasetDict, public_name, split
+from images import DataError, public_name
+from trainer_data import DatasetDict, split
 from trainer_task import Task, add_options, complete
 from trainer_tools import PRECISIONS, Pace, accuracy_of, last_checkpoint, peak_memory, quieted, training_arguments
 from training import METHODS, Method, Settings, be_quiet, load_backbone

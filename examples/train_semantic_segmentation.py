@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from images import HALF, DataError, processor_settings
 from segmentation import Scores, SegmentationSet, digit_scenes, load_folder, picture, score
 from torch import Tensor, nn
 from tqdm import tqdm
+from training import DEVICE, be_quiet, table
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
@@ -33,9 +33,8 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from vpt_peft import PromptConfig, VPTError, VPTModel, get_vpt_model
+from vpt_peft import PromptConfig, VPTError, VPTModel, get_vpt_model, parameter_groups
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OLD, NEW = range(5), range(5, 10)  # digits to pretrain on and to tune to
 METHODS = {
     "linear": ("Decode head only", PromptConfig(num_tokens=0)),
@@ -57,7 +56,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class Loop:
     """Trains and asks models on images normalised by ``mean`` and ``std``."""
 
     batch_size: int
@@ -78,11 +77,7 @@ class Trainer:
         Args:
             rates: learning rates of an adapter's prompts, or of a whole model; and of an adapter's head.
         """
-        adapter = model.adapters[model.active_adapter].tensors() if isinstance(model, VPTModel) else {}
-        head = {tensor for key, tensor in adapter.items() if key.startswith("head.") and tensor.requires_grad}
-        rest = [tensor for tensor in model.parameters() if tensor.requires_grad and tensor not in head]
-        groups = [{"params": rest, "lr": rates[0]}, {"params": list(head), "lr": rates[1]}]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameter_groups(model, *rates))
         left_over = len(data) % self.batch_size == 1  # batch norm over one value is none: such a batch is left out
         steps = epochs * (math.ceil(len(data) / self.batch_size) - left_over)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -136,25 +131,25 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
-def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path, Trainer]:
+def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path, Loop]:
     """Saves a backbone with a new decode head for these labels. Returns its folder, and what it takes to train it."""
     folder = args.output / "backbone"
     torch.manual_seed(args.seed)
-    trainer = Trainer(args.batch_size, args.seed, args.flip)
+    loop = Loop(args.batch_size, args.seed, args.flip)
     if args.model is None:
         print("1. Pretraining a small UperNet on scenes with the digits 0 to 4, and throwing its decode head away.")
         old = digit_scenes(OLD, args.pretraining_images, args.seed)
         swin = SwinConfig(image_size=64, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=4,
                           mlp_ratio=2, drop_path_rate=0.0, initializer_range=0.1)  # fmt: skip
         whole = upernet(swin, old.label_names, width=32).to(DEVICE)
-        trainer.train(whole, old, args.pretraining_epochs, (2e-3, 2e-3), "Pretraining")
+        loop.train(whole, old, args.pretraining_epochs, (2e-3, 2e-3), "Pretraining")
         model = upernet(swin, label_names, width=32)
         model.backbone = whole.backbone
     else:
         print(f"1. Loading {args.model}.")
         settings = processor_settings(args.model)
         mean, std = (tuple(settings.get(name, HALF)) for name in ("image_mean", "image_std"))
-        trainer = Trainer(args.batch_size, args.seed, args.flip, mean, std)
+        loop = Loop(args.batch_size, args.seed, args.flip, mean, std)
         if AutoConfig.from_pretrained(args.model).model_type == "swin":
             model = upernet(args.model, label_names, width=256)
         else:
@@ -162,37 +157,27 @@ def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path,
                 args.model, ignore_mismatched_sizes=True, dtype=torch.float32, **_labels(label_names)
             )
     model.save_pretrained(folder)
-    return folder, trainer
+    return folder, loop
 
 
 def load(folder: Path) -> Any:
     return AutoModelForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
 
 
-def tune(
-    backbone: Path, method: str, data: tuple[SegmentationSet, SegmentationSet], trainer: Trainer, args: Any
-) -> Result:
+def tune(backbone: Path, method: str, data: tuple[SegmentationSet, SegmentationSet], loop: Loop, args: Any) -> Result:
     """Tunes a fresh copy of the backbone by one method, saves what was trained, reloads that, and tests it."""
     title, config = METHODS[method]
     torch.manual_seed(args.seed)
     tuned = load(backbone) if config is None else get_vpt_model(load(backbone), config)
     rates = (args.full_rate, args.full_rate) if config is None else (args.prompt_rate, args.head_rate)
-    seconds = trainer.train(tuned, data[0], args.epochs, rates, title)
+    seconds = loop.train(tuned, data[0], args.epochs, rates, title)
     parameters = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     folder = args.output / method
     tuned.save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     reloaded = load(folder) if config is None else VPTModel.from_pretrained(load(backbone), folder)
-    predictions = trainer.predict(tuned, reloaded, data[1])
+    predictions = loop.predict(tuned, reloaded, data[1])
     return Result(score(predictions, data[1].masks, len(data[1].label_names)), parameters, size, seconds, predictions)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def show(results: dict[str, Result], label_names: Sequence[str]) -> None:
@@ -239,16 +224,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     """Runs the example."""
     args = arguments(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    be_quiet()
     try:
         if args.data is None:
             data = digit_scenes(NEW, args.images, args.seed + 1), digit_scenes(NEW, args.images, args.seed + 2)
         else:
             data = load_folder(args.data, args.ignore_index, tuple(args.size) if args.size else None)
-        backbone, trainer = prepare(args, data[0].label_names)
+        backbone, loop = prepare(args, data[0].label_names)
         print(f"2. Tuning it: {len(data[0])} images to train on, {len(data[1])} to test on, {args.epochs} epochs.")
-        results = {method: tune(backbone, method, data, trainer, args) for method in args.method}
+        results = {method: tune(backbone, method, data, loop, args) for method in args.method}
     except (DataError, VPTError, OSError) as error:
         sys.exit(str(error))
     show(results, data[0].label_names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -174,8 +173,3 @@ class _Transform:
             pictures = [self.augmentation(picture) for picture in pictures]
             kwargs |= {"do_resize": False, "do_center_crop": False}
         return {"pixel_values": self.processor(pictures, **kwargs)["pixel_values"], "labels": rows[LABEL]}
-
-
-def public_name(source: str) -> str:
-    """The name of a folder, without where it lies on this machine; a name on the Hub stays as it is."""
-    return Path(source).resolve().name if Path(source).is_dir() else source

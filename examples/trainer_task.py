@@ -12,9 +12,10 @@ import torch
 import trainer_data as data
 from accelerate import PartialState
 from augmentation import RandomCropAndFlip
+from images import public_name
 from training import Settings
 
-DIGITS_EPOCHS, DIGITS_MIN_CROP, MIN_CROP = 25, 0.7, 0.08  # a small part of a digit is no digit
+DIGITS_MIN_CROP, MIN_CROP = 0.7, 0.08  # a small part of a digit is no digit
 KINDS = {"vit": "small ViT", "swin": "small Swin"}
 
 
@@ -28,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--backbone", choices=KINDS, default="vit", help="what to pretrain on digits (default: vit)")
     add("--min-crop", type=float, help=f"smallest part of an image (default: {MIN_CROP}, digits: {DIGITS_MIN_CROP})")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of them (default: yes, but not the digits)")
-    add("--epochs", type=int, help=f"default: {Settings.epochs}, digits: {DIGITS_EPOCHS}")
+    add("--epochs", type=int, help=f"default: {Settings.epochs}, digits: {digits.EPOCHS}")
     add("--batch-size", type=int, default=Settings.batch_size, help="of each device (default: %(default)s)")
 
 
@@ -38,7 +39,7 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
         parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
     own = args.model is not None
     if args.epochs is None:
-        args.epochs = Settings.epochs if own else DIGITS_EPOCHS
+        args.epochs = Settings.epochs if own else digits.EPOCHS
     if args.min_crop is None:
         args.min_crop = MIN_CROP if own else DIGITS_MIN_CROP
     args.flip = own if args.flip is None else args.flip
@@ -84,7 +85,7 @@ class Task:
         if args.model:
             with state.main_process_first():
                 splits = data.load_data(args.data, seed, args.image_column, args.label_column)
-            backbone, model, name = args.model, data.public_name(args.model), data.public_name(args.data)
+            backbone, model, name = args.model, public_name(args.model), public_name(args.data)
             base_model = None if Path(args.model).is_dir() else args.model
             training_data = f"{name} (a folder)" if Path(args.data).is_dir() else name
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_the_example_takes_a_swin_classifier_and_a_folder(tmp_path: Path, capsys
     output = ["--output", str(tmp_path / "runs")]
     model = ["--model", str(tmp_path / "swin"), "--data", str(scenes), "--ignore-index", "11", "--method", "vpt-deep"]
     (result,) = example.main([*QUICK, *model, *output]).values()
-    assert len(result.scores.iou) == 3 and "normalised by 0.5" in capsys.readouterr().out
+    assert len(result.scores.iou) == 3 and "normalised by 0.5" in capsys.readouterr().err
     model = example.load(tmp_path / "runs" / "backbone")
     theirs, ours = classifier.swin.state_dict(), model.backbone.swin.state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
@@ -130,6 +131,31 @@ def test_the_example_takes_a_beit(tmp_path: Path) -> None:
     folders = ["--model", str(tmp_path / "beit"), "--data", str(scenes), "--output", str(tmp_path / "runs")]
     results = example.main([*QUICK, *folders, "--ignore-index", "11", "--method", "linear", "vpt-shallow"])
     assert list(results) == ["linear", "vpt-shallow"]
+
+
+def test_a_last_batch_of_one_image_is_left_out_and_the_schedule_ends_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    class AdamW(torch.optim.AdamW):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    model, data = tiny_beit_segmenter().model, segmentation.digit_scenes(range(2), 5, 0)
+    data = segmentation.SegmentationSet(data.images[..., :32, :32], data.masks[..., :32, :32], data.label_names)
+    example.Loop(2, 0).train(model, data, 20, (1e-3, 1e-3), "Test")
+    assert len(rates) == 20 * 2
+    assert rates[-1] < 1e-3 / 100
+
+
+@pytest.mark.parametrize(("option", "least"), [("--batch-size", 2), ("--images", 2), ("--epochs", 1)])
+def test_too_little_to_train_on_is_refused(option: str, least: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example.main([option, str(least - 1)])
+    assert f"{option} must be at least {least}, got {least - 1}" in capsys.readouterr().err
 
 
 def test_wrong_data_ends_the_example_with_a_message(tmp_path: Path) -> None:
