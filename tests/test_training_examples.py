@@ -20,7 +20,13 @@ from hub_server import HubServer
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, SwinConfig, SwinForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -116,13 +122,19 @@ def test_checkpoints_hold_adapters_and_no_backbone(run: Run) -> None:
     assert {name.split(".")[0] for name in weights(checkpoint)} == {"prompts", "head"}
 
 
-def test_a_swin_is_tuned(run: Run, tmp_path: Path) -> None:
-    config = SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[2], num_heads=[2], window_size=2)
-    SwinForImageClassification(config).save_pretrained(tmp_path / "swin")
+@pytest.mark.parametrize("kind", ["swin", "beit"])
+def test_other_backbones_are_tuned(kind: str, run: Run, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"image_size": 16, "patch_size": 4}
+    if kind == "swin":
+        config: Any = SwinConfig(**small, embed_dim=8, depths=[2], num_heads=[2], window_size=2)
+        SwinForImageClassification(config).save_pretrained(tmp_path / kind)
+    else:
+        config = BeitConfig(**small, hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16)
+        BeitForImageClassification(config).save_pretrained(tmp_path / kind)
 
-    folder = run("--method", "vpt-shallow", model=tmp_path / "swin")
+    folder = run("--method", "vpt-shallow", model=tmp_path / kind)
 
-    assert json.loads((folder / "adapter_config.json").read_text())["model_type"] == "swin"
+    assert json.loads((folder / "adapter_config.json").read_text())["model_type"] == kind
     assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {"height": 16, "width": 16}
 
 
