@@ -44,7 +44,8 @@ def write(
 
     Args:
         model_id: how the adapter will be found, in its ``subfolder``; None: by its folder.
-        training_data: name of the data set that it was trained on.
+        training_data: what it was trained on: a data set of the Hub, by its name, which goes into the metadata too; or
+            any text that cannot be one's name.
         metrics: ``{name: value}`` measured on it.
         license: of the adapter.
     """
