@@ -35,6 +35,7 @@ LAYERS = [
     "vpt_peft.hub",
     "vpt_peft.card",
     "vpt_peft.checkpoint",
+    "vpt_peft.folder",
     "vpt_peft.weights",
     "vpt_peft.files",
     "vpt_peft.prompted",

@@ -129,7 +129,11 @@ def test_a_reader_gets_a_whole_adapter_whatever_is_saved_between_its_steps(two: 
 
     def trace(frame: Any, event: str, _: object) -> Any:
         step = frame.f_globals.get("__name__"), frame.f_lineno
-        if step[0] in ("vpt_peft.checkpoint", "vpt_peft.weights") and event == "line" and step not in steps:
+        if (
+            step[0] in ("vpt_peft.checkpoint", "vpt_peft.folder", "vpt_peft.weights")
+            and event == "line"
+            and step not in steps
+        ):
             steps.add(step)  # each line once, just before it runs
             put(1)
             sys.settrace(None)

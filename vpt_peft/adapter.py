@@ -130,7 +130,7 @@ class Adapter(nn.Module):
         self.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All its tensors, live, under the names of the adapter format (see :mod:`vpt_peft.checkpoint`)."""
+        """All its tensors, live, under the names of the adapter format (see :mod:`vpt_peft.folder`)."""
         tensors = self.prompts.tensors()
         for kind, part in (("head", self._heads), ("modules", self._copies)):
             for key, module in part.items():

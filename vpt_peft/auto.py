@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import transformers
 
-from . import checkpoint, hub
+from . import hub
 from .config import PromptConfig
 from .errors import CheckpointError, shown
+from .folder import open_folder
 from .model import VPTModel
 from .names import is_folder, is_repository
 from .origin import as_commit
@@ -59,7 +60,7 @@ class AutoVPTModel:
         """
         source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         with hub.pulled(model_id, revision=revision, subfolder=subfolder, **source) as folder:
-            with checkpoint.open_folder(folder) as saved:
+            with open_folder(folder) as saved:
                 config = saved.config
             name = _check_names(cls.__name__, cls.task_type, config, model_id)
             model = _load_backbone(name, config, model_id, {**source, **model_kwargs})

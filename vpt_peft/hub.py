@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from .errors import CheckpointError, VPTError
+from .folder import CONFIG_NAME, WEIGHTS_NAME
 from .names import is_folder, is_repository
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
