@@ -69,8 +69,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="keep what the output holds and leave out runs that it has")
     add("--report", action="store_true", help="train nothing: tables of what the output holds")
     add(
-        "--readme", type=Path, help="a text with the marks <!-- accuracy --> and <!-- /accuracy -->, to write tables to"
+        "--readme", type=Path, help="a text with <!-- accuracy --> and <!-- /accuracy -->, to write tables between them"
     )
+    add("--mark", default="accuracy", help="the name in those marks (default: %(default)s)")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
@@ -162,8 +163,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, str]:
     if args.sweep:
         return {"sweep": sweep_table(runs)}
     if args.tuned_by:
-        return {"settings": settings_table(args.methods), "accuracy": comparison(runs, read(args.tuned_by))}
-    return {"accuracy": summary(runs)}
+        return {"settings": settings_table(args.methods), args.mark: comparison(runs, read(args.tuned_by))}
+    return {args.mark: summary(runs)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

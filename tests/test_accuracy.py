@@ -183,6 +183,11 @@ def test_the_sweep_tries_the_grid_and_its_best_is_measured_beside_the_defaults(
     assert "images of 16 pixels, 1 epochs, batches of 16, float32. With the defaults:" in written
     assert "With each image set's best of the sweep:" in written
 
+    readme.write_text(f"{written}<!-- seeds -->\n<!-- /seeds -->\n")
+    bench("--methods", "linear", "--resume", "--report", "--readme", readme, "--mark", "seeds")
+    assert readme.read_text().startswith(written)
+    assert "<!-- seeds -->\n| Data " in readme.read_text()
+
 
 @pytest.mark.usefixtures("small_grid")
 def test_a_report_of_the_defaults_alone_has_one_table(
