@@ -71,7 +71,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--readme", type=Path, help="a text with <!-- accuracy --> and <!-- /accuracy -->, to write tables between them"
     )
-    add("--mark", default="accuracy", help="the name in those marks (default: %(default)s)")
+    add("--mark", default="accuracy", help="the name in those marks (default: %(default)s), but for other tables")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
@@ -79,6 +79,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--image-size is for --model and --data; the handwritten digits have 32 pixels.")
     if args.sweep and args.tuned_by:
         parser.error("--sweep comes first; then give its output to --tuned-by.")
+    if args.mark in ("settings", "sweep") or (args.sweep and args.mark != "accuracy"):
+        parser.error(f"--mark is for tables of accuracy, under a name of their own, got {args.mark}.")
     if args.output.exists() and not args.resume and not args.report:
         parser.error(f"{args.output} exists. Add --resume to go on with it, or choose another --output.")
     args.validation |= args.sweep
@@ -99,12 +101,9 @@ def methods(args: argparse.Namespace, data: str) -> Iterator[tuple[str, Method]]
     """The chosen methods with all settings that the command line asks for on an image set."""
     for name in args.methods:
         method = ALL_METHODS[name]
-        rates = method.learning_rate, method.head_learning_rate
-        if args.learning_rate is not None:
-            rates = args.learning_rate, None
-        if args.head_learning_rate is not None:
-            rates = rates[0], args.head_learning_rate
-        chosen = candidates(name) if args.sweep else [variant(method, *rates, args.num_tokens)]
+        own = method.with_rates(args.learning_rate, args.head_learning_rate)
+        own = variant(own, own.learning_rate, own.head_learning_rate, args.num_tokens)
+        chosen = candidates(name) if args.sweep else [own]
         if args.tuned_by:
             chosen.append(best(read(args.tuned_by), name, data))
         yield from ((name, one) for one in dict.fromkeys(chosen))

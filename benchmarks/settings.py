@@ -1,7 +1,7 @@
 """The settings that ``accuracy.py --sweep`` tries for each method, and the choice among them.
 
-Each method's best in the mean over the image sets is its default in ``examples/training.py`` and ``lora.py``, unless
-the sweep cannot tell it from another setting; then further runs decided (see ``results/README.md``).
+Each method's best in the mean over the image sets is its default in ``examples/training.py`` and ``lora.py``, but for
+the linear head and VPT-Deep, where it is no better than chance and further runs decided (see ``results/README.md``).
 """
 
 from __future__ import annotations

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import plots
 from accelerate import PartialState
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
 from trainer_data import DatasetDict
 from trainer_task import Task
 from training import Method
@@ -104,6 +106,8 @@ class Report:
     def finish(self) -> None:
         """Saves everything, prints where it is, and pushes it if that was asked for."""
         first, folder, names = self.runs[0], self.args.output, self.task.class_names
+        if self.args.push_to_hub and first.main:
+            self._prepare_repository()
         self._save(first.model, folder, names, first.main)
         if not first.main:
             return
@@ -118,7 +122,7 @@ class Report:
         plots.confusion_matrix(folder / "confusion_matrix.png", counts, names, heading)
         self._write_results(counts.tolist())
         if self.args.push_to_hub:
-            print(f"Pushed to {self._push(first.model, folder)}")
+            print(f"Pushed to {self._push(folder)}")
         print(f"Saved in {folder}: {self.method.title} of seed {first.seed}, results.json and pictures.")
 
     def _write_results(self, confusion: list[list[int]]) -> None:
@@ -138,12 +142,18 @@ class Report:
     def _save(self, model: Any, folder: Path, names: list[str], main: bool) -> None:
         """Called in every process: what several share is gathered by all of them."""
         if isinstance(model, VPTModel):
-            details = {"metrics": self.metrics(), "training_data": self.task.training_data}
-            model.save_pretrained(folder, image_processor=self.task.processor, is_main_process=main, **details)
+            model.save_pretrained(
+                folder,
+                image_processor=self.task.processor,
+                is_main_process=main,
+                model_id=self.args.push_to_hub,
+                metrics=self.metrics(),
+                training_data=self.task.training_data,
+            )
             return
-        model.save_pretrained(folder, is_main_process=main)
         if not main:
             return
+        model.save_pretrained(folder)
         self.task.processor.save_pretrained(folder)
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in self.metrics().items())
         facts = ModelCardData(
@@ -154,15 +164,16 @@ class Report:
         text = CARD.format(title=folder.name, base=base, classes=", ".join(names), rows=rows)
         ModelCard(f"---\n{facts.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
-    def _push(self, model: Any, folder: Path) -> str:
-        repo, private = self.args.push_to_hub, self.args.private or None
-        if isinstance(model, VPTModel):
-            details = {"metrics": self.metrics(), "training_data": self.task.training_data}
-            commit = model.push_to_hub(repo, private=private, image_processor=self.task.processor, **details)
-        else:
-            create_repo(repo, private=private, exist_ok=True)
-            commit = upload_folder(
-                repo_id=repo, folder_path=folder, allow_patterns=["*.json", "*.safetensors", "README.md"],
-                ignore_patterns=["seed-*", "backbone/*", "results.json", "settings.json"],
-            )  # fmt: skip
+    def _prepare_repository(self) -> None:
+        """Creates it. A card that is there already goes on from what others wrote into it."""
+        create_repo(self.args.push_to_hub, private=self.args.private or None, exist_ok=True)
+        with suppress(EntryNotFoundError):
+            hf_hub_download(self.args.push_to_hub, "README.md", local_dir=self.args.output)
+
+    def _push(self, folder: Path) -> str:
+        """Uploads what was saved: this process alone could not gather what several share."""
+        commit = upload_folder(
+            repo_id=self.args.push_to_hub, folder_path=folder, allow_patterns=["*.json", "*.safetensors", "README.md"],
+            ignore_patterns=["seed-*", "backbone/*", "results.json", "settings.json"],
+        )  # fmt: skip
         return str(commit.commit_url)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import file_exists
+from huggingface_hub import _CACHED_NO_EXIST, file_exists, try_to_load_from_cache
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
@@ -69,6 +69,8 @@ def processor_settings(model_name: str) -> dict[str, Any]:
 def _comes_without_processor(model_name: str) -> bool:
     if os.path.isdir(model_name):
         return not any(Path(model_name, file).is_file() for file in PROCESSOR_FILES)
+    if all(try_to_load_from_cache(model_name, file) is _CACHED_NO_EXIST for file in PROCESSOR_FILES):
+        return True
     try:
         return not any(file_exists(model_name, file) for file in PROCESSOR_FILES)
     except Exception:  # the Hub cannot be asked
@@ -91,7 +93,7 @@ class Preprocessing:
             image_size: None: the checkpoint's own.
 
         Raises:
-            DataError: there is no such checkpoint, or it is not for images.
+            DataError: there is no such checkpoint, it is not for images, or its processor cannot be read.
         """
         own = image_size_of(model_name)[0]
         size = image_size or own

@@ -218,11 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         task = Task.load(args, args.seed)
         search, name = Search(args, task), f"{task.model}, {task.data}"
-        common = {name: getattr(args, name) for name in COMMON} | {
-            "training images": len(task.splits["train"]),
-            "test images": len(task.splits["test"]),
-            "classes": task.class_names,
-        }
+        common = {name: getattr(args, name) for name in COMMON} | task.contents
         trials = Trials(args.output / "trials.db", name, common)
         missing = args.trials - len(trials.ended())
         if missing > 0:

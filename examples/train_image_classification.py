@@ -58,13 +58,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_settings(args: argparse.Namespace) -> None:
+def check_settings(args: argparse.Namespace, task: Task) -> None:
     """A run goes on with the settings that it began with; they are kept beside it."""
     left_out = ("seeds", "resume", "workers", "push_to_hub", "private", "output")
     file = args.output / "settings.json"
     ours = {name: value for name, value in vars(args).items() if name not in left_out}
     ours |= {name: ours[name] and public_name(ours[name]) for name in ("model", "data")}
-    ours["first seed"] = args.seeds[0]  # it draws which images are left out for testing
+    ours |= {"first seed": args.seeds[0], **task.contents}  # that seed draws which images are left out for testing
     theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
     other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
     if other:
@@ -78,18 +78,13 @@ def check_settings(args: argparse.Namespace) -> None:
 def chosen_method(args: argparse.Namespace) -> Method:
     """The method, with what the command line changes of it."""
     methods = METHODS if args.model else METHODS | digits.SMALL_METHODS
-    method = methods[args.method]
+    method = methods[args.method].with_rates(args.learning_rate, args.head_learning_rate)
     config = method.config
     if args.num_tokens is not None:
         if config is None or config.num_tokens == 0:
             raise DataError(f"--num-tokens is for methods with prompts, got --method {args.method}.")
         config = dataclasses.replace(config, num_tokens=args.num_tokens)
-    rates = method.learning_rate, method.head_learning_rate
-    if args.learning_rate is not None:
-        rates = args.learning_rate, None
-    if args.head_learning_rate is not None:
-        rates = rates[0], args.head_learning_rate
-    return dataclasses.replace(method, config=config, learning_rate=rates[0], head_learning_rate=rates[1])
+    return dataclasses.replace(method, config=config)
 
 
 def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDict, seed: int) -> Run:
@@ -151,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     be_quiet()
     try:
         method = chosen_method(args)
-        check_settings(args)
         task = Task.load(args, args.seeds[0])
+        check_settings(args, task)
         splits = task.splits
         if args.keep_best:
             parts = split(splits["train"], 0.1, args.seeds[0])

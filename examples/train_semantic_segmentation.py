@@ -23,7 +23,7 @@ from images import HALF, DataError, processor_settings
 from segmentation import Scores, SegmentationSet, digit_scenes, load_folder, picture, score
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import DEVICE, be_quiet, table
+from training import DEVICE, be_quiet, check_least, table
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
@@ -147,10 +147,11 @@ def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path,
         model.backbone = whole.backbone
     else:
         print(f"1. Loading {args.model}.")
+        is_swin = AutoConfig.from_pretrained(args.model).model_type == "swin"
         settings = processor_settings(args.model)
         mean, std = (tuple(settings.get(name, HALF)) for name in ("image_mean", "image_std"))
         loop = Loop(args.batch_size, args.seed, args.flip, mean, std)
-        if AutoConfig.from_pretrained(args.model).model_type == "swin":
+        if is_swin:
             model = upernet(args.model, label_names, width=256)
         else:
             model = AutoModelForSemanticSegmentation.from_pretrained(
@@ -215,9 +216,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
     add("--output", type=Path, default=Path("runs", "segmentation"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    for name, least in (("epochs", 1), ("batch_size", 2), ("images", 2), ("pretraining_images", 2)):
-        if getattr(args, name) < least:  # decode heads have batch norms, which need two images
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
+    check_least(parser, args, epochs=1, pretraining_epochs=1)
+    check_least(parser, args, batch_size=2, images=2, pretraining_images=2)  # decode heads have batch norms
     return args
 
 

@@ -13,7 +13,7 @@ import trainer_data as data
 from accelerate import PartialState
 from augmentation import RandomCropAndFlip
 from images import public_name
-from training import Settings
+from training import Settings, check_least
 
 DIGITS_MIN_CROP, MIN_CROP = 0.7, 0.08  # a small part of a digit is no digit
 KINDS = {"vit": "small ViT", "swin": "small Swin"}
@@ -43,9 +43,7 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
     if args.min_crop is None:
         args.min_crop = MIN_CROP if own else DIGITS_MIN_CROP
     args.flip = own if args.flip is None else args.flip
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    check_least(parser, args, epochs=1, batch_size=1)
     if not 0 < args.min_crop <= 1:
         parser.error(f"--min-crop must be above 0 and at most 1, got {args.min_crop:g}.")
     return args
@@ -101,6 +99,12 @@ class Task:
         size = data.processed_size(processor)
         augmentation = RandomCropAndFlip(size, args.min_crop, args.flip, processor.resample)
         return cls(backbone, model, name, base_model, training_data, processor, splits, augmentation)
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What tells these images from others of the same name."""
+        numbers = {f"{name} images": len(rows) for name, rows in self.splits.items()}
+        return {**numbers, "classes": self.class_names}
 
     @property
     def class_names(self) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -27,13 +29,22 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class Method:
     """A way to tune a backbone: the adapter that it trains (None: the whole model) and the learning rates it likes.
 
-    A head learns best with a larger one than prompts; ``head_learning_rate`` None: one for all.
+    ``head_learning_rate`` None: one for all.
     """
 
     title: str
     config: PromptConfig | None
     learning_rate: float
     head_learning_rate: float | None = None
+
+    def with_rates(self, learning_rate: float | None, head_learning_rate: float | None) -> Method:
+        """The method with these learning rates, as far as they are given. The first one alone is for the head too."""
+        rates = self.learning_rate, self.head_learning_rate
+        if learning_rate is not None:
+            rates = learning_rate, None
+        if head_learning_rate is not None:
+            rates = rates[0], head_learning_rate
+        return dataclasses.replace(self, learning_rate=rates[0], head_learning_rate=rates[1])
 
     def attach(self, model: Any) -> Any:
         """What trains: the backbone with an adapter on it, or, for full fine-tuning, the backbone itself."""
@@ -222,6 +233,13 @@ def tune(
         tuned.unload()
     share = 100 * parameters / backbone_size
     return Result(method, accuracy(logits, test_set), parameters, share, size, seconds, logits)
+
+
+def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
+    """Ends the program with a message if an option is below its least value."""
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}.")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +86,22 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def used_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, set[bytes]]]:
+    """What the examples with Trainer prepare pictures for, and which ones, in order."""
+    from trainer_task import Task  # the tests that use this know where the examples are
+
+    used: list[tuple[str, set[bytes]]] = []
+
+    def recording(purpose: str, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, rows: Any) -> Any:
+            used.append((purpose, {picture.tobytes() for picture in rows["image"]}))
+            return prepare(self, rows)
+
+        return call
+
+    for purpose in ("for_training", "for_testing"):
+        monkeypatch.setattr(Task, purpose, recording(purpose, getattr(Task, purpose)))
+    return used

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any
 from urllib.parse import parse_qs
@@ -78,11 +78,24 @@ def info(request: Request) -> dict[str, Any]:
 
 @hub_route("POST", "/api/validate-yaml")
 def validate_yaml(request: Request) -> Response:
-    """Accepts all metadata unless ``hub.card_errors`` holds something; warns, as the Hub does, where there is none."""
-    empty = not request.json()["content"].startswith("---")
+    """Refuses names that no repository can have, and all metadata if ``hub.card_errors`` holds something; warns, as the
+    Hub does, where there is none."""
+    content = request.json()["content"]
+    empty = not content.startswith("---")
     warnings = [{"message": "empty or missing yaml metadata in repo card"}] if empty else []
-    errors = [{"message": message} for message in request.hub.card_errors]
+    errors = [{"message": message} for message in [*request.hub.card_errors, *misnamed(content)]]
     return Response.of({"errors": errors, "warnings": warnings}, 400 if errors else 200)
+
+
+def misnamed(card: str) -> Iterator[str]:
+    """What names no repository where a card's metadata has to."""
+    front = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    metadata = (yaml.safe_load(front[1]) if front else None) or {}
+    for field in ("base_model", "datasets"):
+        names = metadata.get(field) or []
+        for name in [names] if isinstance(names, str) else names:
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+                yield f'"{field}" with value "{name}" is not valid'
 
 
 # Trees and refs
@@ -210,23 +223,11 @@ def read_commit(repo: Repo, lines: Iterable[bytes]) -> tuple[dict[str, Any], Cha
     return header, change
 
 
-def check_card(change: Change) -> None:
-    """The Hub refuses model cards whose metadata names what no repository can be called."""
-    card = change.added.get("README.md")
-    front = re.match(r"---\n(.*?)\n---\n", card.content.decode(), re.DOTALL) if card else None
-    metadata = (yaml.safe_load(front[1]) or {}) if front else {}
-    for field in ("base_model", "datasets"):
-        for name in [metadata[field]] if isinstance(metadata.get(field), str) else metadata.get(field) or []:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-                raise HubError(400, f'Invalid metadata in README.md: "{field}" with value "{name}" is not valid.')
-
-
 @hub_route("POST", f"{REPO}/commit/{REVISION}")
 def commit(request: Request) -> dict[str, Any]:
     repo, revision = request.repo, request.revision
     require_commit(request)
     header, change = read_commit(repo, request.body.splitlines())
-    check_card(change)
     head, expected = repo.resolve(revision).oid, header.get("parentCommit")
     if expected not in (None, head):
         raise HubError(412, f"A commit has happened since {expected}: {head}")

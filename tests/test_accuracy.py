@@ -95,6 +95,13 @@ def test_an_image_size_needs_a_checkpoint(capsys: pytest.CaptureFixture[str]) ->
     assert "the handwritten digits have 32 pixels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--mark", "settings"], ["--sweep", "--mark", "native"]])
+def test_a_mark_is_for_tables_of_accuracy(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        accuracy.main(options)
+    assert "--mark is for tables of accuracy" in capsys.readouterr().err
+
+
 def test_what_trains_stays_in_float32_when_it_is_computed_in_bfloat16(bench: Bench, checkpoint: Path) -> None:
     (run,) = bench("--methods", "vpt-deep", "--precision", "bfloat16")
     assert run["precision"] == "bfloat16"

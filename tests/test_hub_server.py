@@ -168,6 +168,10 @@ def test_the_metadata_of_a_card_can_be_refused(hub: HubServer) -> None:
     """
     assert hub.run(code, token="hf_me", card="---\nlicense: mit\n---\n") == []
     assert "empty or missing yaml metadata" in hub.run(code, token="hf_me", card="# Birds")[0]
+    with pytest.raises(ClientError, match=r'"base_model" with value "small ViT" is not valid'):
+        hub.run(code, token="hf_me", card="---\nbase_model: small ViT\n---\n")
+    with pytest.raises(ClientError, match=r'"datasets" with value "my own" is not valid'):
+        hub.run(code, token="hf_me", card="---\nbase_model: me/vit\ndatasets:\n- birds\n- my own\n---\n")
     hub.card_errors.append('"license" must be one of mit')
     with pytest.raises(ClientError, match=r"ValueError: Invalid metadata in README.md.\n- \"license\" must be"):
         hub.run(code, token="hf_me", card="---\nlicense: my\n---\n")

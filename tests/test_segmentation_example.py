@@ -151,7 +151,18 @@ def test_a_last_batch_of_one_image_is_left_out_and_the_schedule_ends_all_the_sam
     assert rates[-1] < 1e-3 / 100
 
 
-@pytest.mark.parametrize(("option", "least"), [("--batch-size", 2), ("--images", 2), ("--epochs", 1)])
+def test_a_folder_needs_two_training_images(tmp_path: Path) -> None:
+    folder = make_scenes(tmp_path)
+    for name in ("1.png", "2.png"):
+        for kind in ("images", "masks"):
+            (folder / "train" / kind / name).unlink()
+    with pytest.raises(segmentation.DataError, match="at least 2 training images"):
+        segmentation.load_folder(folder, 11, None)
+
+
+@pytest.mark.parametrize(
+    ("option", "least"), [("--batch-size", 2), ("--images", 2), ("--epochs", 1), ("--pretraining-epochs", 1)]
+)
 def test_too_little_to_train_on_is_refused(option: str, least: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         example.main([option, str(least - 1)])

@@ -157,25 +157,14 @@ def test_without_a_trial_that_ends_the_errors_are_told(run: Run, monkeypatch: py
 
 
 def test_trials_see_four_fifths_of_the_training_images_and_the_best_is_tested_once(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, used_rows: list[tuple[str, set[bytes]]]
 ) -> None:
-    used: list[tuple[str, int, set[bytes]]] = []
-
-    def recording(purpose: str, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, rows: Any) -> Any:
-            used.append((purpose, len(rows), {picture.tobytes() for picture in rows["image"]}))
-            return prepare(self, rows)
-
-        return call
-
-    for purpose in ("for_training", "for_testing"):
-        monkeypatch.setattr(sweep.Task, purpose, recording(purpose, getattr(sweep.Task, purpose)))
     run(2)
-    assert [(purpose, number) for purpose, number, _ in used] == [
+    assert [(purpose, len(pictures)) for purpose, pictures in used_rows] == [
         ("for_training", 16), ("for_testing", 4),  # of all trials
         ("for_training", 20), ("for_testing", 20),  # of the best, on all training images and on the test images
     ]  # fmt: skip
-    trained, judged, retrained, _ = (pictures for _, _, pictures in used)
+    trained, judged, retrained, _ = (pictures for _, pictures in used_rows)
     assert not trained & judged and trained | judged == retrained
 
 
@@ -209,7 +198,7 @@ def test_a_search_with_other_settings_is_refused(run: Run) -> None:
 def test_a_search_on_another_folder_of_the_same_name_is_refused(run: Run, tmp_path: Path) -> None:
     run(1)
     (tmp_path / "colors/train/red/0.png").unlink()
-    with pytest.raises(SystemExit, match="had training images 20, not 19"):
+    with pytest.raises(SystemExit, match="had train images 20, not 19"):
         run(2)
 
 

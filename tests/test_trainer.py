@@ -134,9 +134,11 @@ def test_columns_that_no_model_takes_are_left_out_of_a_data_set(vit: Tiny, train
     }).with_format("torch")  # fmt: skip
     alike, vpt = vit.prompted(), BUILDERS["vit"]().prompted()
     trainer(alike, vit, save_strategy="no").train()
-    run = trainer(vpt, vit, save_strategy="no")
+    run, given = trainer(vpt, vit, save_strategy="no"), set()
+    vpt.register_forward_pre_hook(lambda _module, _args, kwargs: given.update(kwargs), with_kwargs=True)
     run.train_dataset = run.eval_dataset = rows
     run.train()
+    assert given == {"pixel_values", "labels"}
     assert_same(state(vpt), state(alike), 1e-6)
     assert len(logged(run, "eval_loss")) == 2
 
@@ -305,18 +307,19 @@ def test_trainer_pushes_what_opens_from_the_hub(vit: Tiny, trainer: Any, hub: Hu
     assert_same(state(loaded), state(vpt))
 
 
+@pytest.mark.parametrize(("name", "repository"), [("me/tuned", "me/tuned"), ("tuned", "me/tuned"), (None, "me/out")])
 def test_a_push_while_training_is_a_whole_adapter_with_the_callback(
-    vit: Tiny, trainer: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    name: str | None, repository: str, vit: Tiny, trainer: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.trainer.is_peft_available", lambda: False)
     vpt = vit.prompted()
-    arguments = {"push_to_hub": True, "hub_model_id": "me/tuned", "hub_token": "hf_me", "hub_always_push": True}
+    arguments = {"push_to_hub": True, "hub_model_id": name, "hub_token": "hf_me", "hub_always_push": True}
     run = trainer(vpt, vit, [PushAdapter()], **arguments)
     run.train()
-    loaded = VPTModel.from_pretrained(BUILDERS["vit"]().model, "me/tuned", token="hf_me")
+    loaded = VPTModel.from_pretrained(BUILDERS["vit"]().model, repository, token="hf_me")
     assert_same(state(loaded), state(vpt))
-    card = Path(hf_hub_download("me/tuned", "README.md", token="hf_me")).read_text()
-    assert 'from_pretrained(model, "me/tuned")' in card and run.args.output_dir not in card
+    card = Path(hf_hub_download(repository, "README.md", token="hf_me")).read_text()
+    assert f'from_pretrained(model, "{repository}")' in card and run.args.output_dir not in card
 
 
 def test_a_state_dict_holds_adapters_alone_and_comes_back(tiny: Tiny, new: Any) -> None:

@@ -17,10 +17,11 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from hub_server import HubServer
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import constants, create_repo, upload_folder
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     BeitConfig,
     BeitForImageClassification,
@@ -182,31 +183,25 @@ def test_a_run_is_not_overwritten(run: Run, capsys: pytest.CaptureFixture[str]) 
     assert "Add --resume" in capsys.readouterr().err
 
 
-def test_going_on_with_other_settings_is_refused(run: Run) -> None:
+def test_going_on_with_other_settings_is_refused(run: Run, tmp_path: Path) -> None:
     run()
     with pytest.raises(SystemExit, match="num_tokens None, not 3"):
         run("--resume", "--num-tokens", "3")
     with pytest.raises(SystemExit, match="first seed 0, not 1"):  # it would test on images of the first one's training
         run("--resume", "--seeds", "1")
     run("--resume", "--seeds", "0", "1")
+    (tmp_path / "colors/train/red/0.png").unlink()
+    with pytest.raises(SystemExit, match="train images 15, not 14"):
+        run("--resume")
 
 
-def test_the_best_epoch_is_kept_without_looking_at_the_test_images(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[tuple[str, set[bytes]]] = []
-
-    def recording(purpose: str, prepare: Callable[..., Dataset]) -> Callable[..., Dataset]:
-        def call(self: Any, rows: Dataset) -> Dataset:
-            used.append((purpose, {picture.tobytes() for picture in rows["image"]}))
-            return prepare(self, rows)
-
-        return call
-
-    for purpose in ("for_training", "for_testing"):
-        monkeypatch.setattr(example.Task, purpose, recording(purpose, getattr(example.Task, purpose)))
+def test_the_best_epoch_is_kept_without_looking_at_the_test_images(
+    run: Run, used_rows: list[tuple[str, set[bytes]]]
+) -> None:
     folder = run("--keep-best", "--num-tokens", "3", epochs=3)
 
-    (_, trained), (_, validated), (_, tested) = used
-    assert [purpose for purpose, _ in used] == ["for_training", "for_testing", "for_testing"]
+    (_, trained), (_, validated), (_, tested) = used_rows
+    assert [purpose for purpose, _ in used_rows] == ["for_training", "for_testing", "for_testing"]
     assert (len(trained), len(validated), len(tested)) == (13, 2, 15)
     assert not trained & validated
     history = json.loads((folder / "results.json").read_text())["histories"]["0"]
@@ -283,8 +278,6 @@ def test_options_out_of_range_are_refused(options: list[str], message: str, caps
 def test_it_says_what_it_expected(
     options: list[str], message: str, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
@@ -310,6 +303,12 @@ def test_a_pushed_adapter_comes_back_with_its_processor_and_card(hub: HubServer,
     card = hub.repo("me/colors").files()["README.md"].decode()
     assert "| accuracy, % of 15 test images |" in card and "pipeline_tag: image-classification" in card
     assert "| training data | colors (a folder) |" in card and "datasets:" not in card
+    assert 'AutoVPTModel.from_pretrained("me/colors")' in card
+
+    hub.repo("me/colors").put({"README.md": f"{card}\nMy own words.\n".encode()})
+    with hub.client(token="hf_me"):
+        run("--resume", "--push-to-hub", "me/colors")
+    assert "My own words." in hub.repo("me/colors").files()["README.md"].decode()
 
 
 def test_a_fully_tuned_model_is_pushed_without_checkpoints(hub: HubServer, run: Run) -> None:
@@ -395,16 +394,15 @@ def test_a_hub_that_cannot_be_asked_does_not_mean_that_there_is_no_image_process
     hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with hub.client(token="hf_me"):
-        create_repo("me/bare")
-        upload_folder(repo_id="me/bare", folder_path=checkpoint, ignore_patterns=["preprocessor_config.json"])
+        for name in ("me/bare", "me/never-asked"):
+            create_repo(name)
+            upload_folder(repo_id=name, folder_path=checkpoint, ignore_patterns=["preprocessor_config.json"])
+            assert AutoConfig.from_pretrained(name).image_size == 16
         assert trainer_data.load_image_processor("me/bare").image_mean == HALF
-        monkeypatch.setattr("images.file_exists", _unreachable)
-        with pytest.raises(DataError, match="image processor of 'me/bare' must be readable"):
-            trainer_data.load_image_processor("me/bare")
-
-
-def _unreachable(*_: Any) -> bool:
-    raise ConnectionError
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert trainer_data.load_image_processor("me/bare").image_mean == HALF, "the cache knows"
+        with pytest.raises(DataError, match="image processor of 'me/never-asked' must be readable"):
+            trainer_data.load_image_processor("me/never-asked")
 
 
 # -- augmentation ---------------------------------------------------------------------------------------------------

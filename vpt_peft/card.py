@@ -131,7 +131,7 @@ def _variant(adapter: Adapter) -> str:
     if adapter.config.num_tokens == 0:
         return "BitFit" if adapter.config.bias == "all" else "linear probing"
     fresh = [layer for layer, step in enumerate(adapter.steps) if step is not None and step.fresh]
-    if fresh == [0]:
+    if fresh == [0] and adapter.config.carry:
         return "VPT-Shallow"
     if len(fresh) == len(adapter.steps):
         return "VPT-Deep"

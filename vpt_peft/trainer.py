@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import create_repo
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -99,5 +100,12 @@ class PushAdapter(TrainerCallback):
         found = _adapted(model)
         is_shared = any(isinstance(one, DTensor) for vpt in found for one in vpt.adapters.parameters())
         if state.is_world_process_zero and found and not is_shared:  # only one process comes here, and cannot gather
-            model_id = args.hub_model_id or Path(args.output_dir).absolute().name  # as Trainer has it
-            found[0].save_pretrained(args.output_dir, [found[0].active_adapter], model_id=model_id)
+            found[0].save_pretrained(args.output_dir, [found[0].active_adapter], model_id=_repository(args))
+
+
+def _repository(args: Any) -> str:
+    """The repository that Trainer pushes to, with its owner, whom arguments need not name."""
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    if "/" in name:
+        return str(name)
+    return create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True).repo_id
