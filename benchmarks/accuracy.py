@@ -100,9 +100,7 @@ def tasks(args: argparse.Namespace, seed: int, folder: Path) -> Iterator[Task]:
 def methods(args: argparse.Namespace, data: str) -> Iterator[tuple[str, Method]]:
     """The chosen methods with all settings that the command line asks for on an image set."""
     for name in args.methods:
-        method = ALL_METHODS[name]
-        own = method.with_rates(args.learning_rate, args.head_learning_rate)
-        own = variant(own, own.learning_rate, own.head_learning_rate, args.num_tokens)
+        own = variant(ALL_METHODS[name], args.learning_rate, args.head_learning_rate, args.num_tokens)
         chosen = candidates(name) if args.sweep else [own]
         if args.tuned_by:
             chosen.append(best(read(args.tuned_by), name, data))

@@ -42,15 +42,13 @@ def candidates(name: str) -> list[Method]:
 
 
 def variant(
-    method: Method, learning_rate: float, head_learning_rate: float | None, num_tokens: int | None = None
+    method: Method, learning_rate: float | None, head_learning_rate: float | None, num_tokens: int | None
 ) -> Method:
     """The method with other settings. A prompt length changes only methods with prompts."""
     config = method.config
     if config is not None and config.num_tokens and num_tokens is not None:
         config = config.replace(num_tokens=num_tokens)
-    return dataclasses.replace(
-        method, learning_rate=learning_rate, head_learning_rate=head_learning_rate, config=config
-    )
+    return dataclasses.replace(method.with_rates(learning_rate, head_learning_rate), config=config)
 
 
 def settings_of(name: str, method: Method) -> Run:

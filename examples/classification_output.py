@@ -7,7 +7,6 @@ import json
 import statistics
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import plots
@@ -108,7 +107,7 @@ class Report:
         first, folder, names = self.runs[0], self.args.output, self.task.class_names
         if self.args.push_to_hub and first.main:
             self._prepare_repository()
-        self._save(first.model, folder, names, first.main)
+        self._save(first)
         if not first.main:
             return
         if len(self.runs) > 1:
@@ -122,7 +121,7 @@ class Report:
         plots.confusion_matrix(folder / "confusion_matrix.png", counts, names, heading)
         self._write_results(counts.tolist())
         if self.args.push_to_hub:
-            print(f"Pushed to {self._push(folder)}")
+            print(f"Pushed to {self._push()}")
         print(f"Saved in {folder}: {self.method.title} of seed {first.seed}, results.json and pictures.")
 
     def _write_results(self, confusion: list[list[int]]) -> None:
@@ -139,21 +138,22 @@ class Report:
         text = json.dumps({**report, "confusion": confusion, "histories": self.histories}, indent=1)
         (self.args.output / "results.json").write_text(text, encoding="utf-8")
 
-    def _save(self, model: Any, folder: Path, names: list[str], main: bool) -> None:
+    def _save(self, run: Run) -> None:
         """Called in every process: what several share is gathered by all of them."""
-        if isinstance(model, VPTModel):
-            model.save_pretrained(
+        folder = self.args.output
+        if isinstance(run.model, VPTModel):
+            run.model.save_pretrained(
                 folder,
                 image_processor=self.task.processor,
-                is_main_process=main,
+                is_main_process=run.main,
                 model_id=self.args.push_to_hub,
                 metrics=self.metrics(),
                 training_data=self.task.training_data,
             )
             return
-        if not main:
+        if not run.main:
             return
-        model.save_pretrained(folder)
+        run.model.save_pretrained(folder)
         self.task.processor.save_pretrained(folder)
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in self.metrics().items())
         facts = ModelCardData(
@@ -161,7 +161,7 @@ class Report:
         )
         name = self.task.model
         base = f"[{name}](https://huggingface.co/{name})" if self.task.base_model else name
-        text = CARD.format(title=folder.name, base=base, classes=", ".join(names), rows=rows)
+        text = CARD.format(title=folder.name, base=base, classes=", ".join(self.task.class_names), rows=rows)
         ModelCard(f"---\n{facts.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
     def _prepare_repository(self) -> None:
@@ -170,10 +170,11 @@ class Report:
         with suppress(EntryNotFoundError):
             hf_hub_download(self.args.push_to_hub, "README.md", local_dir=self.args.output)
 
-    def _push(self, folder: Path) -> str:
+    def _push(self) -> str:
         """Uploads what was saved: this process alone could not gather what several share."""
         commit = upload_folder(
-            repo_id=self.args.push_to_hub, folder_path=folder, allow_patterns=["*.json", "*.safetensors", "README.md"],
+            repo_id=self.args.push_to_hub, folder_path=self.args.output,
+            allow_patterns=["*.json", "*.safetensors", "README.md"],
             ignore_patterns=["seed-*", "backbone/*", "results.json", "settings.json"],
         )  # fmt: skip
         return str(commit.commit_url)

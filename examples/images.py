@@ -48,6 +48,23 @@ def public_name(source: str) -> str:
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Bytes to what a backbone reads, both ``(num_images, 3, height, width)``: 0..1, then normalised a channel."""
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (images / 255 - shift) / scale
+
+
+def mean_and_std(model_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A checkpoint's own mean and standard deviation, or 0.5 and 0.5 where it comes without an image processor.
+
+    Raises:
+        DataError: its image processor cannot be read.
+    """
+    # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
+    settings = processor_settings(model_name)
+    return tuple(settings.get("image_mean", HALF)), tuple(settings.get("image_std", HALF))
+
+
 def processor_settings(model_name: str) -> dict[str, Any]:
     """The settings of a checkpoint's image processor; none, and a note, where it comes without one.
 
@@ -96,10 +113,7 @@ class Preprocessing:
             DataError: there is no such checkpoint, it is not for images, or its processor cannot be read.
         """
         own = image_size_of(model_name)[0]
-        size = image_size or own
-        # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
-        settings = processor_settings(model_name)
-        return cls(size, tuple(settings.get("image_mean", HALF)), tuple(settings.get("image_std", HALF)))
+        return cls(image_size or own, *mean_and_std(model_name))
 
     def load(self, image: Image.Image) -> Tensor:
         """``(3, size, size)`` bytes: the largest square in the middle of the image, resized."""
@@ -126,8 +140,7 @@ class ImageSet:
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """Bytes to what the backbone reads, both ``(num_images, 3, size, size)``."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.preprocessing.mean, self.preprocessing.std))
-        return (images / 255 - mean) / std
+        return normalised(images, self.preprocessing.mean, self.preprocessing.std)
 
     def take(self, indices: Tensor) -> ImageSet:
         """The images at ``indices``."""

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from images import DataError
 from optuna.trial import FrozenTrial, TrialState
+from trainer_tools import check_same_settings
 
 ERROR, REPEATS = "error", "repeats"
 
@@ -35,11 +36,7 @@ class Trials:
         self.study = optuna.create_study(**self.arguments, direction="maximize")
         ours = json.loads(json.dumps(settings))
         theirs = self.study.user_attrs.get("settings", ours)
-        other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
-        if other:
-            raise DataError(
-                f"The trials in {file} had {'; '.join(other)}. Use the same settings, or choose another --output."
-            )
+        check_same_settings(f"The trials in {file}", theirs, ours)
         self.study.set_user_attr("settings", ours)
 
     def all(self) -> list[FrozenTrial]:

@@ -25,7 +25,16 @@ from classification_output import Report, Run
 from images import DataError, public_name
 from trainer_data import DatasetDict, split
 from trainer_task import Task, add_options, complete
-from trainer_tools import PRECISIONS, Pace, accuracy_of, last_checkpoint, peak_memory, quieted, training_arguments
+from trainer_tools import (
+    PRECISIONS,
+    Pace,
+    accuracy_of,
+    check_same_settings,
+    last_checkpoint,
+    peak_memory,
+    quieted,
+    training_arguments,
+)
 from training import METHODS, Method, Settings, be_quiet, load_backbone
 from transformers import Trainer
 
@@ -66,11 +75,7 @@ def check_settings(args: argparse.Namespace, task: Task) -> None:
     ours |= {name: ours[name] and public_name(ours[name]) for name in ("model", "data")}
     ours |= {"first seed": args.seeds[0], **task.contents}  # that seed draws which images are left out for testing
     theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
-    other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
-    if other:
-        raise DataError(
-            f"The run in {args.output} had {'; '.join(other)}. Use the same settings, or choose another --output."
-        )
+    check_same_settings(f"The run in {args.output}", theirs, ours)
     args.output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(ours, indent=1), encoding="utf-8")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import HALF, DataError, processor_settings
+from images import HALF, DataError, mean_and_std, normalised
 from segmentation import Scores, SegmentationSet, digit_scenes, load_folder, picture, score
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -66,8 +66,12 @@ class Loop:
     std: tuple[float, ...] = HALF
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return ((images / 255 - mean) / std).to(DEVICE)
+        return normalised(images, self.mean, self.std).to(DEVICE)
+
+    def batches(self, order: Tensor) -> list[Tensor]:
+        """The positions in ``order``, batch by batch. A last one of a single image is left out: batch norm over one
+        value is none."""
+        return [indices for indices in order.split(self.batch_size) if len(indices) > 1]
 
     def train(
         self, model: nn.Module, data: SegmentationSet, epochs: int, rates: tuple[float, float], name: str
@@ -78,8 +82,7 @@ class Loop:
             rates: learning rates of an adapter's prompts, or of a whole model; and of an adapter's head.
         """
         optimizer = torch.optim.AdamW(parameter_groups(model, *rates))
-        left_over = len(data) % self.batch_size == 1  # batch norm over one value is none: such a batch is left out
-        steps = epochs * (math.ceil(len(data) / self.batch_size) - left_over)
+        steps = epochs * len(self.batches(torch.arange(len(data))))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
@@ -87,9 +90,7 @@ class Loop:
         model.train()
         with tqdm(total=steps, desc=name, unit="step") as bar:
             for _ in range(epochs):
-                for indices in torch.randperm(len(data), generator=generator).split(self.batch_size):
-                    if len(indices) == 1:
-                        continue
+                for indices in self.batches(torch.randperm(len(data), generator=generator)):
                     images, masks = data.images[indices], data.masks[indices]
                     if self.flip and torch.rand((), generator=generator) < 0.5:
                         images, masks = images.flip(-1), masks.flip(-1)
@@ -148,9 +149,7 @@ def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path,
     else:
         print(f"1. Loading {args.model}.")
         is_swin = AutoConfig.from_pretrained(args.model).model_type == "swin"
-        settings = processor_settings(args.model)
-        mean, std = (tuple(settings.get(name, HALF)) for name in ("image_mean", "image_std"))
-        loop = Loop(args.batch_size, args.seed, args.flip, mean, std)
+        loop = Loop(args.batch_size, args.seed, args.flip, *mean_and_std(args.model))
         if is_swin:
             model = upernet(args.model, label_names, width=256)
         else:

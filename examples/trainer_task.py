@@ -56,7 +56,6 @@ class Task:
     Attributes:
         backbone: the checkpoint's name or folder.
         model, data: what to call them elsewhere, without where they lie on this machine.
-        base_model: the checkpoint's name on the Hub; None: it is not from there.
         training_data: the data for a model card, where a folder's name must not pass for a data set of the Hub.
         processor: the checkpoint's image processor.
         splits: ``train`` and ``test``, with the columns ``image`` and ``label``.
@@ -66,7 +65,6 @@ class Task:
     backbone: str
     model: str
     data: str
-    base_model: str | None
     training_data: str
     processor: Any
     splits: data.DatasetDict
@@ -84,11 +82,10 @@ class Task:
             with state.main_process_first():
                 splits = data.load_data(args.data, seed, args.image_column, args.label_column)
             backbone, model, name = args.model, public_name(args.model), public_name(args.data)
-            base_model = None if Path(args.model).is_dir() else args.model
             training_data = f"{name} (a folder)" if Path(args.data).is_dir() else name
         else:
             backbone, model, name = str(args.output / "backbone"), KINDS[args.backbone], "handwritten digits 5 to 9"
-            base_model, training_data = None, name
+            training_data = name
             if state.is_main_process and not Path(backbone, "model.safetensors").is_file():
                 print(f"Pretraining a {model} on the handwritten digits 0 to 4.")
                 digits.pretrain(args.backbone, Path(backbone), digits.PRETRAINING_EPOCHS, seed)
@@ -98,7 +95,12 @@ class Task:
         processor = data.load_image_processor(backbone)
         size = data.processed_size(processor)
         augmentation = RandomCropAndFlip(size, args.min_crop, args.flip, processor.resample)
-        return cls(backbone, model, name, base_model, training_data, processor, splits, augmentation)
+        return cls(backbone, model, name, training_data, processor, splits, augmentation)
+
+    @property
+    def base_model(self) -> str | None:
+        """The checkpoint's name on the Hub; None: it is not from there."""
+        return None if Path(self.backbone).is_dir() else self.backbone
 
     @property
     def contents(self) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from images import DataError
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -42,6 +44,20 @@ def training_arguments(kind: Any = TrainingArguments, **values: Any) -> Any:
         "fp16": precision == "fp16",
     }
     return kind(**{**common, **values})
+
+
+def check_same_settings(holder: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """What was begun goes on with the settings that it began with.
+
+    Args:
+        holder: what had them, as the beginning of a sentence.
+
+    Raises:
+        DataError: one of ours is another.
+    """
+    other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
+    if other:
+        raise DataError(f"{holder} had {'; '.join(other)}. Use the same settings, or choose another --output.")
 
 
 def accuracy_of(prediction: EvalPrediction) -> dict[str, float]:
