@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -105,3 +109,20 @@ def used_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, set[bytes]]]:
     for purpose in ("for_training", "for_testing"):
         monkeypatch.setattr(Task, purpose, recording(purpose, getattr(Task, purpose)))
     return used
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Callable[..., str]:
+    """Runs a script, given as its module, by a launcher, and gives what it printed."""
+
+    def launch(launcher: list[str], script: ModuleType, *options: str) -> str:
+        file = Path(str(script.__file__))
+        command = [sys.executable, "-m", *launcher, str(file), *options]
+        environment = os.environ | {
+            "PYTHONPATH": str(file.parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"
+        }  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return launch

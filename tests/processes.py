@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from vpt_peft import VPTModel, adamw
 
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]  # to run a module with -m
 CONFIGS: dict[str, dict[str, Any]] = {"deep": {}, "shallow": {"deep": False, "projection_dim": 6, "bias": "all"}}
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from processes import TORCHRUN
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -31,8 +30,6 @@ from images import DataError
 from sweep_trials import Trials
 
 from vpt_peft import AutoVPTModel, parameter_groups
-
-ROOT = Path(__file__).resolve().parents[1]
 
 Run = Callable[..., Path]
 
@@ -56,6 +53,16 @@ def run(checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path) -
         return tmp_path / "out"
 
     return start
+
+
+@pytest.fixture
+def search(checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path) -> sweep.Search:
+    """A search with a tiny ViT on pictures in colors, not started yet."""
+    data = picture_folder("colors", number=10)
+    args = sweep.arguments(
+        ["--model", str(checkpoint), "--data", str(data), "--epochs", "1", "--output", str(tmp_path / "out")]
+    )
+    return sweep.Search(args, sweep.Task.load(args, 0))
 
 
 def states(folder: Path) -> list[str]:
@@ -235,20 +242,13 @@ class FakeRay(ModuleType):
         return SimpleNamespace(get_best_trial=lambda **_: best)
 
 
-def test_ray_searches_with_the_same_trainer(
-    checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_searches_with_the_same_trainer(search: sweep.Search, monkeypatch: pytest.MonkeyPatch) -> None:
     tune = FakeRay()
     ray = ModuleType("ray")
     ray.tune = tune  # type: ignore[attr-defined]
     ray.__spec__, tune.__spec__ = ModuleSpec("ray", None), ModuleSpec("ray.tune", None)
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.tune", tune)
-    data = picture_folder("colors", number=10)
-    args = sweep.arguments(
-        ["--model", str(checkpoint), "--data", str(data), "--epochs", "1", "--output", str(tmp_path / "out")]
-    )
-    search = sweep.Search(args, sweep.Task.load(args, 0))
     reached = iter([40.0, 60.0])
     monkeypatch.setattr(sweep, "accuracy_of", lambda prediction: {"accuracy": next(reached)})
     used = []
@@ -271,14 +271,7 @@ def test_ray_searches_with_the_same_trainer(
     assert (found.objective, found.hyperparameters) == (60.0, {name: choices[1] for name, choices in space.items()})
 
 
-def test_every_trial_starts_from_the_same_backbone(
-    checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    data = picture_folder("colors", number=10)
-    args = sweep.arguments(
-        ["--model", str(checkpoint), "--data", str(data), "--epochs", "1", "--output", str(tmp_path / "out")]
-    )
-    search = sweep.Search(args, sweep.Task.load(args, 0))
+def test_every_trial_starts_from_the_same_backbone(search: sweep.Search, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in search.backbone.state_dict().items()}
     trials = Trials(tmp_path / "trials.db", "colors", {})
     search.run(trials, 2)
@@ -362,16 +355,14 @@ def test_the_loop_refuses_to_resume_from_what_is_no_state(
     assert "must be a folder that this script saved" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"],
-                                      ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]])  # fmt: skip
-def test_the_loop_runs_under_launchers(launcher: list[str], loop: Callable[..., list[str]], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", *launcher, str(ROOT / "examples/accelerate_loop.py"), *loop("out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize("launcher", [TORCHRUN, ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]])
+def test_the_loop_runs_under_launchers(
+    launcher: list[str], loop: Callable[..., list[str]], launched: Callable[..., str], tmp_path: Path
+) -> None:
+    printed = launched(launcher, accelerate_loop, *loop("out"))
 
-    assert done.returncode == 0, done.stderr
-    number = 2 if "--nproc-per-node" in launcher else 1
-    assert f"of the 15 test images are right, with {number} processes" in done.stdout
+    number = 2 if launcher is TORCHRUN else 1
+    assert f"of the 15 test images are right, with {number} processes" in printed
     assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"prompts", "head"}
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from datasets import Image as ImageFeature
 from hub_server import HubServer
 from huggingface_hub import constants, create_repo, upload_folder
 from PIL import Image
+from processes import TORCHRUN
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -225,18 +224,14 @@ def test_without_model_and_data_it_takes_handwritten_digits(tmp_path: Path, monk
     assert sum(map(sum, results["confusion"])) == 627
 
 
-def test_it_runs_on_two_processes(checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_it_runs_on_two_processes(
+    checkpoint: Path, picture_folder: Callable[..., Path], launched: Callable[..., str], tmp_path: Path
+) -> None:
     data = picture_folder("colors", "red green blue", splits=("train", "test"))
-    script = Path(example.__file__)
     where = ["--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out"), "--epochs", "1"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    root = str(script.parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, str(script), *where], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    printed = launched(TORCHRUN, example, *where)
 
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("of the test images are right") == 1, "one process speaks for both"
+    assert printed.count("of the test images are right") == 1, "one process speaks for both"
     assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"prompts", "head"}
     assert sum(map(sum, json.loads((tmp_path / "out/results.json").read_text())["confusion"])) == 15
 
