@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> list[Run]:
                     done = find(read(args.output), key)
                     if not done and not args.report:
                         print(f"{task.data}, seed {seed}, {settings_of(name, method)}", file=sys.stderr)
-                        model = load_backbone(task.backbone, task.train_set.class_names, seed)
+                        model = load_backbone(task.backbone, task.train_set.class_names, seed, settings.precision)
                         result = tune(model, method, images, settings, seed, Path(folder) / f"{task.data}-{name}")
                         done = [key | measured(result)]
                         write(args.output, read(args.output) + done)  # what another process wrote meanwhile is kept
