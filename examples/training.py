@@ -6,8 +6,7 @@ import argparse
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,14 +130,9 @@ def size_options(model: Any, pixel_values: Tensor) -> dict[str, bool]:
     return {} if tuple(pixel_values.shape[-2:]) == expected else {"interpolate_pos_encoding": True}
 
 
-@contextmanager
-def computing_in(precision: str) -> Iterator[None]:
+def computing_in(precision: str) -> torch.autocast:
     """The precision of what is computed inside, see :class:`Settings`."""
-    if precision == "float32":
-        yield
-        return
-    with torch.autocast(DEVICE.type, getattr(torch, precision)):
-        yield
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def train(
