@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import BUILDERS, Tiny, gradients
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from vpt_peft import VPTModel, adamw
+from vpt_peft import VPTModel, adamw, get_adapter_state_dict, set_adapter_state_dict
 
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]  # to run a module with -m
 CONFIGS: dict[str, dict[str, Any]] = {"deep": {}, "shallow": {"deep": False, "projection_dim": 6, "bias": "all"}}
@@ -81,6 +81,25 @@ def with_fsdp(vpt: VPTModel, tiny: Tiny) -> dict[str, Tensor]:
     return found
 
 
+def load_back(vpt: VPTModel, folder: Path) -> None:
+    """All ways to load an adapter that has gone astray give it the saved weights again."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    in_place = {name: tensor.clone() for name, tensor in vpt.state_dict().items()}
+    ways: dict[str, Callable[[], Any]] = {
+        "set_adapter_state_dict": lambda: set_adapter_state_dict(vpt, saved),
+        "load_state_dict": lambda: vpt.load_state_dict(saved),
+        "load_state_dict by place": lambda: vpt.load_state_dict(in_place),
+        "load_adapter": lambda: vpt.load_adapter(folder, "default"),
+    }
+    for way, load in ways.items():
+        with torch.no_grad():
+            for tensor in vpt.state_dict().values():
+                tensor.fill_(7)
+        load()
+        for name, tensor in get_adapter_state_dict(vpt).items():
+            assert torch.equal(tensor, saved[name]), f"{way} left {name} as it was"
+
+
 WAYS = {"ddp": with_ddp, "fsdp": with_fsdp}
 
 
@@ -98,6 +117,8 @@ def main(folder: Path) -> None:
                 with patch.object(DTensor, "full_tensor", autospec=True, side_effect=DTensor.full_tensor) as gather:
                     vpt.save_pretrained(place, is_main_process=is_main)  # all of them: a sharded adapter is gathered
                 assert gather.call_count == (len(found) if way == "fsdp" else 0), "the adapter's tensors and no others"
+                distributed.barrier()
+                load_back(vpt, place)
                 if is_main:
                     save_file(found, place / "gradients.safetensors")
     for kind, build in BUILDERS.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapter import Adapter
 from .errors import AdapterError, CheckpointError, listed
@@ -34,8 +34,7 @@ def storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) ->
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
     """Detached tensors of an adapter under the names of the format; they share its memory, or, where several processes
     each hold a part (FSDP2), are gathered by all of them at once."""
-    tensors = {name: tensor.detach() for name, tensor in adapter.tensors().items()}
-    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    return {name: _whole(tensor.detach()) for name, tensor in adapter.tensors().items()}
 
 
 def translate(adapter: Adapter, prefix: str, module_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,15 +58,36 @@ def translate(adapter: Adapter, prefix: str, module_state: Mapping[str, Tensor])
 def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors into an adapter. Strict and complete; if it fails, nothing has changed.
 
+    Where several processes each hold a part of the adapter (FSDP2), each takes its part of what it is given.
+
     Raises:
         CheckpointError: names every missing, unexpected and mis-shaped tensor, and those with values that are not
             finite.
     """
-    own = state_dict(adapter)
+    own = adapter.tensors()
     check(own, tensors)
     for name, tensor in tensors.items():
-        for part, given in zip(_pieces(own[name]), _pieces(tensor), strict=True):
-            part.copy_(given)
+        given = _whole(tensor.detach())
+        for place, values in zip(_pieces(_local(own[name])), _pieces(_part_for(own[name], given)), strict=True):
+            place.copy_(values)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered by all processes where each holds a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _part_for(own: Tensor, whole: Tensor) -> Tensor:
+    """What this process takes of a whole tensor that its own, sharded or not, is to hold."""
+    if not isinstance(own, DTensor):
+        return whole
+    # No process sends its values: all have been given the same.
+    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None).to_local()
 
 
 def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
