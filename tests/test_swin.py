@@ -9,7 +9,7 @@ import torch
 from tiny import SWIN, Tiny, assert_same, gradients, logits, tiny_swin
 from transformers import SwinBackbone, SwinConfig, SwinForMaskedImageModeling, SwinModel
 
-from vpt_peft import ConfigError, PromptConfig, get_vpt_model
+from vpt_peft import ConfigError, PromptConfig, UnsupportedModelError, get_adapter_state_dict, get_vpt_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "deep": {},
@@ -136,6 +136,22 @@ def test_every_swin_class(build: Any, config: dict[str, Any]) -> None:
             assert ours_one.shape == theirs_one.shape
     last = _tuple(next(iter(bare.values())))[-1], _tuple(next(iter(ours.values())))[-1]
     assert (last[0] - last[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("last", ["stage1", "stage2"])
+def test_a_backbone_has_prompts_and_biases_as_far_as_it_is_read(last: str) -> None:
+    model = SwinBackbone(SwinConfig(**SWIN, out_features=[last]))
+    vpt = get_vpt_model(model, PromptConfig(num_tokens=5, bias="all"))
+    sum(feature.sum() for feature in vpt(torch.randn(2, 3, 64, 64)).feature_maps).backward()
+    assert not [name for name, one in vpt.named_parameters() if one.requires_grad and one.grad is None]
+    prompts = [name for name in get_adapter_state_dict(vpt) if name.startswith("prompts.")]
+    assert len(prompts) == {"stage1": 2, "stage2": 4}[last]
+
+
+def test_a_backbone_that_gives_the_embeddings_alone_has_nothing_to_prompt() -> None:
+    model = SwinBackbone(SwinConfig(**SWIN, out_features=["stem"]))
+    with pytest.raises(UnsupportedModelError, match="what at least one layer made"):
+        get_vpt_model(model, PromptConfig(num_tokens=5))
 
 
 def _tuple(value: Any) -> tuple[torch.Tensor, ...]:

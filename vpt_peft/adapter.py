@@ -184,13 +184,15 @@ def _check_shared(config: PromptConfig, fresh: Mapping[int, int]) -> None:
 
 
 def _biases(config: PromptConfig, backbone: Backbone, own: tuple[str, ...]) -> dict[str, Tensor]:
-    """``{module path: bias}`` of all biases that the adapter has no copy of yet."""
+    """``{module path: bias}`` of all biases that are read and that the adapter has no copy of yet."""
     if config.bias == "none":
         return {}
+    unread = backbone.unread
     return {
         path: module.bias
         for path, module in backbone.model.named_modules()
-        if isinstance(getattr(module, "bias", None), nn.Parameter)
+        if module not in unread
+        and isinstance(getattr(module, "bias", None), nn.Parameter)
         and not any(path == one or path.startswith(one + ".") for one in own)
     }
 

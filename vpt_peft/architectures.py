@@ -19,8 +19,8 @@ class Head:
         paths: its modules, seen from the model; those that are None in a model are left out.
         outputs: the layers among or in them with one output a label; None: ``paths``, where images are classified.
         own_loss: the model computes the loss from ``labels`` in its forward, in a way of its own.
-        layers_read: given the model, how many of its first layers the head reads; prompts in later ones would be in
-            vain. None: all.
+        layers_read: given the model, how many of its first layers the head reads, where it reads those and not the
+            final norm; prompts and biases behind them would be in vain. None: all, through the final norm.
     """
 
     task_type: str
@@ -103,13 +103,20 @@ register_architecture(
         },
     )
 )
+
+
+def _swin_layers_read(backbone: Any) -> int:
+    """Feature map 0 is of the embeddings, the next ones are of the stages."""
+    return sum(backbone.config.depths[: max(backbone.stage_names.index(name) for name in backbone.out_features)])
+
+
 register_architecture(
     Architecture(
         model_type="swin",
         heads={
             "SwinForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",)),
             "SwinForMaskedImageModeling": Head("MASKED_IMAGE_MODELING", ("decoder",)),
-            "SwinBackbone": Head("FEATURE_EXTRACTION"),
+            "SwinBackbone": Head("FEATURE_EXTRACTION", layers_read=_swin_layers_read),
             "SwinModel": Head("FEATURE_EXTRACTION"),
         },
         layers="encoder.layers",
@@ -124,12 +131,6 @@ register_architecture(
 def _beit_layers_read(model: Any) -> int:
     """The decode head takes ``hidden_states[index - 1]``, which is what ``index - 1`` layers made."""
     return max((index - 1) % (len(model.beit.layers) + 1) for index in model.config.out_indices)
-
-
-def _upernet_layers_read(model: Any) -> int:
-    """Feature map 0 is of the embeddings, the next ones are of the stages."""
-    backbone = model.backbone
-    return sum(backbone.config.depths[: max(backbone.stage_names.index(name) for name in backbone.out_features)])
 
 
 register_architecture(
@@ -161,7 +162,7 @@ register_architecture(
                 ("decode_head", "auxiliary_head"),
                 SEGMENTATION_OUTPUTS,
                 own_loss=True,
-                layers_read=_upernet_layers_read,
+                layers_read=lambda model: _swin_layers_read(model.backbone),
             ),
         },
         backbone="backbone",

@@ -77,6 +77,16 @@ class Backbone:
         return self.trunk.get_submodule(self.architecture.final_norm)
 
     @property
+    def unread(self) -> set[nn.Module]:
+        """The modules behind the last one that the head reads: nothing that they compute matters."""
+        if self.head.layers_read is None:
+            return set()
+        layers, mergings = _layers(self.trunk, self.architecture, None)
+        behind = [layer.module for layer in layers[len(self.layers) :]]
+        behind += [merging for index, merging in mergings.items() if index not in self.mergings]
+        return {module for one in (*behind, self.final_norm) for module in one.modules()}
+
+    @property
     def pooled_norm(self) -> Any:
         """The norm of the mean over tokens; None where the model has none."""
         path = self.architecture.pooled_norm
@@ -122,6 +132,11 @@ def find_backbone(model: nn.Module) -> Backbone:
         inner, architecture = _inside(model, declared)
         trunk: Any = inner.base_model
         layers, mergings = _layers(trunk, architecture, head.layers_read(model) if head.layers_read else None)
+        if not layers:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} must give out what at least one layer made, but gives the embeddings alone. "
+                "Choose other out_features or out_indices."
+            )
         backbone = Backbone(model, trunk, architecture, head, layers, mergings)
         for layer in layers:
             for name in ("norm", "attention", "query", "key", "value", "output", "mlp_norm", "mlp"):
