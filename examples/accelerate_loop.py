@@ -25,7 +25,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from images import DataError, ImageSet, Preprocessing, augment, load_images
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
-from training import METHODS, Settings, be_quiet, learning_rate_factor, load_backbone
+from training import METHODS, Settings, be_quiet, check_least, learning_rate_factor, load_backbone
 
 from vpt_peft import VPTError, get_vpt_model, parameter_groups
 
@@ -49,6 +49,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
+    check_least(parser, args, epochs=1, batch_size=1, accumulate=1, save_every=1)
     if args.resume and not (args.resume / "epoch.json").is_file():
         parser.error(f"--resume must be a folder that this script saved, such as state-5, got {args.resume}.")
     return args

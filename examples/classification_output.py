@@ -5,28 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import plots
 from accelerate import PartialState
-from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import ModelCard, ModelCardData
+from images import DataError
+from repository import CARD, Repository
 from trainer_data import DatasetDict
 from trainer_task import Task
 from training import Method
 
 from vpt_peft import VPTModel
 
-CARD = """# {title}
+BEGIN, END = "<!-- generated, begin -->", "<!-- generated, end -->"
+FULL_MODEL = """{begin}
+# {title}
 
 {base}, all of it tuned to the classes {classes}.
 
 | | |
 |---|---|
 {rows}
-"""
+{end}"""
 
 
 @dataclass
@@ -70,13 +73,19 @@ class Report:
     Args:
         args: the command line.
         splits: the images that are used, of the task's.
+
+    Raises:
+        DataError: the repository to push to cannot be created.
     """
 
     def __init__(self, args: argparse.Namespace, method: Method, task: Task, splits: DatasetDict) -> None:
         self.args, self.method, self.task, self.splits = args, method, task, splits
         self.runs: list[Run] = []
         self.histories: dict[int, list[dict[str, Any]]] = {}
+        self.repository: Repository | None = None
         if PartialState().is_main_process:
+            if args.push_to_hub:
+                self.repository = Repository(args.push_to_hub, args.private)
             numbers = ", ".join(f"{len(rows)} for {name}" for name, rows in splits.items())
             print(f"{method.title} on {task.model}. Images: {numbers}.")
 
@@ -103,10 +112,18 @@ class Report:
         return found
 
     def finish(self) -> None:
-        """Saves everything, prints where it is, and pushes it if that was asked for."""
+        """Saves everything, prints where it is, and pushes it if that was asked for.
+
+        Raises:
+            DataError: the Hub does not take it. All is saved by then.
+        """
         first, folder, names = self.runs[0], self.args.output, self.task.class_names
-        if self.args.push_to_hub and first.main:
-            self._prepare_repository()
+        refused: DataError | None = None
+        if self.repository:
+            try:
+                self.repository.fetch_card(folder)
+            except DataError as error:
+                refused = error
         self._save(first)
         if not first.main:
             return
@@ -120,9 +137,11 @@ class Report:
         heading = f"{title}\n{first.accuracy:.1f} % of {len(first.labels)} test images are right"
         plots.confusion_matrix(folder / "confusion_matrix.png", counts, names, heading)
         self._write_results(counts.tolist())
-        if self.args.push_to_hub:
-            print(f"Pushed to {self._push()}")
         print(f"Saved in {folder}: {self.method.title} of seed {first.seed}, results.json and pictures.")
+        if refused:
+            raise refused
+        if self.repository:
+            print(f"Pushed to {self.repository.push(folder)}")
 
     def _write_results(self, confusion: list[list[int]]) -> None:
         left_out = ("model", "data", "output", "resume", "push_to_hub", "private")
@@ -146,7 +165,7 @@ class Report:
                 folder,
                 image_processor=self.task.processor,
                 is_main_process=run.main,
-                model_id=self.args.push_to_hub,
+                model_id=self.repository and self.repository.name,
                 metrics=self.metrics(),
                 training_data=self.task.training_data,
             )
@@ -156,25 +175,24 @@ class Report:
         run.model.save_pretrained(folder)
         self.task.processor.save_pretrained(folder)
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in self.metrics().items())
-        facts = ModelCardData(
-            library_name="transformers", pipeline_tag="image-classification", base_model=self.task.base_model
-        )
         name = self.task.model
         base = f"[{name}](https://huggingface.co/{name})" if self.task.base_model else name
-        text = CARD.format(title=folder.name, base=base, classes=", ".join(self.task.class_names), rows=rows)
-        ModelCard(f"---\n{facts.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+        classes = ", ".join(self.task.class_names)
+        text = FULL_MODEL.format(begin=BEGIN, title=folder.name, base=base, classes=classes, rows=rows, end=END)
+        facts = {
+            "library_name": "transformers",
+            "pipeline_tag": "image-classification",
+            "base_model": self.task.base_model,
+        }
+        _write_card(folder / CARD, text, facts)
 
-    def _prepare_repository(self) -> None:
-        """Creates it. A card that is there already goes on from what others wrote into it."""
-        create_repo(self.args.push_to_hub, private=self.args.private or None, exist_ok=True)
-        with suppress(EntryNotFoundError):
-            hf_hub_download(self.args.push_to_hub, "README.md", local_dir=self.args.output)
 
-    def _push(self) -> str:
-        """Uploads what was saved: this process alone could not gather what several share."""
-        commit = upload_folder(
-            repo_id=self.args.push_to_hub, folder_path=self.args.output,
-            allow_patterns=["*.json", "*.safetensors", "README.md"],
-            ignore_patterns=["seed-*", "backbone/*", "results.json", "settings.json"],
-        )  # fmt: skip
-        return str(commit.commit_url)
+def _write_card(file: Path, text: str, facts: dict[str, Any]) -> None:
+    """Writes a card, or refreshes the generated part and the metadata of the one that is there."""
+    if file.is_file():
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+        facts = card.data.to_dict() | facts
+        before, begin, rest = card.text.partition(BEGIN)
+        _, end, behind = rest.partition(END)
+        text = before + text + behind if begin and end else card.text
+    ModelCard(f"---\n{ModelCardData(**facts).to_yaml()}\n---\n\n{text.strip()}\n").save(file)

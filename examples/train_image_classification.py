@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import digits
+from accelerate import PartialState
 from classification_output import Report, Run
 from images import DataError, public_name
 from trainer_data import DatasetDict, split
@@ -74,10 +75,13 @@ def check_settings(args: argparse.Namespace, task: Task) -> None:
     ours = {name: value for name, value in vars(args).items() if name not in left_out}
     ours |= {name: ours[name] and public_name(ours[name]) for name in ("model", "data")}
     ours |= {"first seed": args.seeds[0], **task.contents}  # that seed draws which images are left out for testing
-    theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
-    check_same_settings(f"The run in {args.output}", theirs, ours)
-    args.output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ours, indent=1), encoding="utf-8")
+    state = PartialState()
+    with state.main_process_first():
+        theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
+        check_same_settings(f"The run in {args.output}", theirs, ours)
+        if state.is_main_process:
+            args.output.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(ours, indent=1), encoding="utf-8")
 
 
 def chosen_method(args: argparse.Namespace) -> Method:

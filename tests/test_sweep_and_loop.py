@@ -355,6 +355,13 @@ def test_the_loop_refuses_to_resume_from_what_is_no_state(
     assert "must be a folder that this script saved" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--accumulate", "--save-every"])
+def test_the_loop_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        accelerate_loop.main([option, "0"])
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("launcher", [TORCHRUN, ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]])
 def test_the_loop_runs_under_launchers(
     launcher: list[str], loop: Callable[..., list[str]], launched: Callable[..., str], tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import digits
 import plots
+import repository
 import train_image_classification as example
 import trainer_data
 import trainer_tools
@@ -86,8 +88,10 @@ def test_each_method_trains_an_adapter_with_labels_processor_card_and_pictures(
 ) -> None:
     folder = run("--method", method)
 
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert "images per second" in printed and "peak memory of the" in printed
+    assert f"{METHODS[method].title}, seed 0" in progress
+    assert re.search(r"epoch 1 of 1: loss .*, accuracy .* %", progress)
     assert json.loads((folder / "adapter_config.json").read_text())["id2label"] == {
         "0": "blue",
         "1": "green",
@@ -306,6 +310,36 @@ def test_a_pushed_adapter_comes_back_with_its_processor_and_card(hub: HubServer,
     assert "My own words." in hub.repo("me/colors").files()["README.md"].decode()
 
 
+def test_a_repository_without_owner_is_the_users_own(hub: HubServer, run: Run) -> None:
+    with hub.client(token="hf_me"):
+        run("--method", "linear", "--push-to-hub", "colors")
+    assert 'AutoVPTModel.from_pretrained("me/colors")' in hub.repo("me/colors").files()["README.md"].decode()
+
+
+@pytest.mark.parametrize("name", ["someone/colors", "no/such/name"])
+def test_a_repository_that_cannot_be_had_is_refused_before_training(
+    name: str, hub: HubServer, run: Run, tmp_path: Path
+) -> None:
+    with hub.client(token="hf_me"), pytest.raises(SystemExit, match=f"'{name}' on the Hub could not be created"):
+        run("--push-to-hub", name)
+    assert not list(tmp_path.glob("out/seed-*"))
+
+
+@pytest.mark.parametrize("step", ["hf_hub_download", "upload_folder"])
+def test_a_push_that_fails_loses_nothing(
+    step: str, hub: HubServer, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(repository, step, fail)
+    with hub.client(token="hf_me"), pytest.raises(SystemExit, match=r"'me/colors' on the Hub could not be .* dead"):
+        run("--method", "linear", "--push-to-hub", "me/colors")
+    assert {"adapter_model.safetensors", "README.md", "results.json", "learning_curve.png"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+
+
 def test_a_fully_tuned_model_is_pushed_without_checkpoints(hub: HubServer, run: Run) -> None:
     with hub.client(token="hf_me"):
         run("--method", "full", "--push-to-hub", "me/whole")
@@ -314,6 +348,11 @@ def test_a_fully_tuned_model_is_pushed_without_checkpoints(hub: HubServer, run: 
     assert files - {".gitattributes"} == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     card = hub.repo("me/whole").files()["README.md"].decode()
     assert "base_model" not in card and "huggingface.co" not in card, "the backbone is a folder here"
+
+    hub.repo("me/whole").put({"README.md": f"{card.replace('tuned to', 'made for')}\nMy own words.\n".encode()})
+    with hub.client(token="hf_me"):
+        run("--method", "full", "--resume", "--push-to-hub", "me/whole")
+    assert hub.repo("me/whole").files()["README.md"].decode() == f"{card}\nMy own words.\n"
 
 
 # -- data -----------------------------------------------------------------------------------------------------------
