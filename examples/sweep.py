@@ -6,12 +6,7 @@
 As in the paper: trials train on 80 % of the training images and are judged by the other 20 %; the best setting then
 trains on all of them and is tested once. Bad trials are pruned, failed ones are left out. Trials are kept in a file,
 so that the same command goes on where it stopped, and with more ``--trials``; when there are enough, it only retrains.
-
-On a Ray cluster the same search takes ``ray.init(address="auto")`` and, in place of ``Search.run``,
-``search.tuner().hyperparameter_search(space, objective, n_trials=40, direction="maximize", backend="ray",
-resources_per_trial={"cpu": 4, "gpu": 1})``, where ``space`` takes None and returns a dictionary of ``ray.tune``'s
-distributions, such as ``tune.loguniform(3e-4, 3e-2)``, for the same names; ``model_init`` takes what Ray draws from it
-as it takes Optuna's trials. Ray sends the trainer to other machines, backbone included.
+``sweep_on_ray.py`` searches on a cluster.
 """
 
 from __future__ import annotations
@@ -37,20 +32,27 @@ from transformers import Trainer, TrainingArguments
 
 from vpt_peft import PromptConfig, VPTError, VPTModel, adamw, get_vpt_model, parameter_groups
 
-LOG_SCALES = ("learning_rate", "head_learning_rate", "weight_decay", "num_tokens")
+# Least and greatest value of what is searched on a logarithmic scale; prompt length and depth are whole numbers.
+RATES = {"learning_rate": (3e-4, 3e-2), "head_learning_rate": (3e-3, 3e-1), "weight_decay": (1e-4, 1e-1)}
+LOG_SCALES = (*RATES, "num_tokens")
 COMMON = ("epochs", "batch_size", "min_crop", "flip", "most_tokens", "seed", "image_column", "label_column")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked and completed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_search_options(parser)
+    return complete(parser, parser.parse_args(argv))
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Options for the task and how to search."""
     add_options(parser)
     add = parser.add_argument
     add("--trials", type=int, default=20, help="how many there are to be, those of earlier calls too (default: 20)")
     add("--most-tokens", type=int, default=50, help="the longest prompt to try (default: %(default)s)")
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
     add("--output", type=Path, default=Path("runs/sweep"), help="default: %(default)s")
-    return complete(parser, parser.parse_args(argv))
 
 
 @dataclass
@@ -115,11 +117,7 @@ class Search:
         """Draws a trial's hyperparameters, or finds those drawn before. Returns Trainer's own, as ``hp_space`` does."""
         trial.suggest_int("num_tokens", 1, self.args.most_tokens, log=True)
         trial.suggest_int("depth", 1, self.layers)
-        return {
-            "learning_rate": trial.suggest_float("learning_rate", 3e-4, 3e-2, log=True),
-            "head_learning_rate": trial.suggest_float("head_learning_rate", 3e-3, 3e-1, log=True),
-            "weight_decay": trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True),
-        }
+        return {name: trial.suggest_float(name, *ends, log=True) for name, ends in RATES.items()}
 
     def model_init(self, trial: Any = None) -> VPTModel:
         """Fresh prompts for a trial, on the backbone as it was loaded, whatever became of the trial before.
@@ -210,6 +208,17 @@ class Search:
         return reached
 
 
+def report(
+    args: argparse.Namespace, name: str, trials: list[dict[str, Any]], best: dict[str, Any], test: float
+) -> None:
+    """Writes down and prints what a search found, of which ``best`` was trained anew and tested."""
+    plots.search(args.output / "sweep.png", trials, LOG_SCALES, f"{len(trials)} trials: {name}")
+    found = {"task": name, "trials": trials, "best": best["number"], "validation": best["accuracy"], "test": test}
+    (args.output / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(f"Best of {len(trials)}: trial {best['number']}, {best['accuracy']:.1f} % of the validation images.")
+    print(f"Trained on all training images, it names {test:.1f} % of the test images. Saved in {args.output}.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the example."""
     args = arguments(argv)
@@ -217,22 +226,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         task = Task.load(args, args.seed)
-        search, name = Search(args, task), f"{task.model}, {task.data}"
+        search, name = Search(args, task), task.name
         common = {name: getattr(args, name) for name in COMMON} | task.contents
         trials = Trials(args.output / "trials.db", name, common)
         missing = args.trials - len(trials.ended())
         if missing > 0:
             trials.repeat_interrupted()
             search.run(trials, missing)
-        best, found = trials.best(), trials.summaries()
-        reached = search.retrain(best.params)
+        best = trials.best()
+        reached = search.retrain(best["params"])
     except (DataError, VPTError, OSError) as error:
         sys.exit(str(error))
-    plots.search(args.output / "sweep.png", found, LOG_SCALES, f"{len(found)} trials: {name}")
-    report = {"task": name, "trials": found, "best": best.number, "validation": best.value, "test": reached}
-    (args.output / "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    print(f"Best of {len(found)}: trial {best.number}, {best.value:.1f} % of the validation images.")
-    print(f"Trained on all training images, it names {reached:.1f} % of the test images. Saved in {args.output}.")
+    report(args, name, trials.summaries(), best, reached)
 
 
 if __name__ == "__main__":

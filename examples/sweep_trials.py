@@ -59,20 +59,20 @@ class Trials:
             if interrupted and trial.params and trial.number not in repeated:
                 self.study.enqueue_trial(trial.params, user_attrs={REPEATS: trial.number})
 
-    def best(self) -> FrozenTrial:
-        """The complete trial of the highest accuracy.
+    def best(self) -> dict[str, Any]:
+        """The complete trial of the highest accuracy, as in :meth:`summaries`.
 
         Raises:
             DataError: none is complete.
         """
-        complete = [trial for trial in self.ended() if trial.state == TrialState.COMPLETE]
+        complete = [trial for trial in self.summaries() if trial["state"] == "complete"]
         if not complete:
             errors = [trial.user_attrs[ERROR] for trial in self.ended() if ERROR in trial.user_attrs]
             raise DataError(
                 f"At least one trial must come to its end, but of {len(self.ended())} none did. Errors: "
                 f"{'; '.join(dict.fromkeys(errors)) or 'none'}."
             )
-        return max(complete, key=lambda trial: trial.value)
+        return max(complete, key=lambda trial: trial["accuracy"])
 
     def summaries(self) -> list[dict[str, Any]]:
         """Of each that came to an end: ``number``, ``state``, ``params``, ``accuracy`` (of a pruned one: its last)."""

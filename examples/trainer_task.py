@@ -98,6 +98,11 @@ class Task:
         return cls(backbone, model, name, training_data, processor, splits, augmentation)
 
     @property
+    def name(self) -> str:
+        """What is tuned to what."""
+        return f"{self.model}, {self.data}"
+
+    @property
     def base_model(self) -> str | None:
         """The checkpoint's name on the Hub; None: it is not from there."""
         return None if Path(self.backbone).is_dir() else self.backbone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sqlite3
 import sys
@@ -210,14 +211,34 @@ def test_a_search_on_another_folder_of_the_same_name_is_refused(run: Run, tmp_pa
 
 
 class FakeRay(ModuleType):
-    """What transformers asks of Ray Tune, in this process: it draws the first, second, ... of what it can choose from.
+    """What the example and transformers ask of Ray, in this process; a distribution is a list of what trials draw.
 
     Stands in for a cluster, which tests do not have: that trials get what Ray draws, and Ray what they reach.
     """
 
     def __init__(self) -> None:
-        super().__init__("ray.tune")
+        super().__init__("ray")
+        self.__path__: list[str] = []
+        self.__spec__ = ModuleSpec("ray", None)
+        self.tune = self
+        self.BasicVariantGenerator = lambda random_state: random_state
+        self.CLIReporter = SimpleNamespace
+        self.settings: dict[str, Any] = {}
         self.reported: list[float] = []
+
+    def init(self, address: str | None, runtime_env: dict[str, str], log_to_driver: bool) -> None:
+        assert (Path(runtime_env["working_dir"]) / "sweep.py").is_file(), "trials import it"
+
+    def shutdown(self) -> None: ...
+
+    def loguniform(self, least: float, greatest: float) -> list[Any]:
+        return [least, greatest]
+
+    def lograndint(self, least: int, end: int) -> list[int]:
+        return [least, end - 1]
+
+    def randint(self, least: int, end: int) -> list[int]:
+        return [end - 1, least]
 
     def get_checkpoint(self) -> None:
         return None
@@ -231,25 +252,57 @@ class FakeRay(ModuleType):
     def report(self, metrics: dict[str, float], checkpoint: Any = None) -> None:
         self.reported.append(metrics["objective"])
 
-    def run(self, trainable: Callable[..., Any], config: dict[str, list[Any]], num_samples: int, **_: Any) -> Any:
-        trials = [{name: choices[number] for name, choices in config.items()} for number in range(num_samples)]
-        ended = []
-        for number, trial in enumerate(trials):
-            trainable(dict(trial))
-            result = {"objective": self.reported[-1]}
-            ended.append(SimpleNamespace(trial_id=str(number), last_result=result, config=trial))
-        best = max(ended, key=lambda one: one.last_result["objective"])
-        return SimpleNamespace(get_best_trial=lambda **_: best)
+    def run(
+        self, trainable: Callable[..., Any], config: dict[str, list[Any]], num_samples: int, **settings: Any
+    ) -> Any:
+        self.settings = settings
+        trials = []
+        for number in range(num_samples):
+            trial = {name: choices[number] for name, choices in config.items()}
+            before, status = len(self.reported), "TERMINATED"
+            try:
+                trainable(dict(trial))
+            except OSError:
+                status = "ERROR"
+            last = {"objective": self.reported[-1]} if len(self.reported) > before else {}
+            trials.append(SimpleNamespace(trial_id=str(number), status=status, last_result=last, config=trial))
+        told = [one for one in trials if one.last_result]
+        best = max(told, key=lambda one: one.last_result["objective"]) if told else None
+        return SimpleNamespace(trials=trials, get_best_trial=lambda **_: best)
 
 
-def test_ray_searches_with_the_same_trainer(search: sweep.Search, monkeypatch: pytest.MonkeyPatch) -> None:
-    tune = FakeRay()
-    ray = ModuleType("ray")
-    ray.tune = tune  # type: ignore[attr-defined]
-    ray.__spec__, tune.__spec__ = ModuleSpec("ray", None), ModuleSpec("ray.tune", None)
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "ray.tune", tune)
-    reached = iter([40.0, 60.0])
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay()
+    for name in ("ray", "ray.tune", "ray.tune.search"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delitem(sys.modules, "sweep_on_ray", raising=False)
+    return fake
+
+
+@pytest.fixture
+def on_ray(checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path) -> list[str]:
+    """The command line of two trials on pictures in colors."""
+    data = picture_folder("colors", number=10, splits=("train", "test"))
+    return ["--model", str(checkpoint), "--data", str(data), "--epochs", "1", "--trials", "2",
+            "--most-tokens", "4", "--output", str(tmp_path / "ray")]  # fmt: skip
+
+
+def results_of_ray(folder: Path) -> dict[str, Any]:
+    """The results of a search of two trials, of which the better one was trained anew and saved."""
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    assert [trial["number"] for trial in results["trials"]] == [0, 1]
+    best = results["trials"][results["best"]]["params"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["num_tokens"], len(config["layers_to_transform"])) == (best["num_tokens"], best["depth"])
+    assert (folder / "sweep.png").is_file()
+    return results
+
+
+def test_ray_searches_with_the_same_trainer(
+    fake_ray: FakeRay, on_ray: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = iter([40.0, 60.0, 50.0])
     monkeypatch.setattr(sweep, "accuracy_of", lambda prediction: {"accuracy": next(reached)})
     used = []
 
@@ -258,17 +311,40 @@ def test_ray_searches_with_the_same_trainer(search: sweep.Search, monkeypatch: p
         return parameter_groups(model, *rates)
 
     monkeypatch.setattr(sweep, "parameter_groups", groups)
-    space = {
-        "num_tokens": [1, 3], "depth": [2, 1],
-        "learning_rate": [1e-3, 2e-3], "head_learning_rate": [1e-2, 2e-2], "weight_decay": [0.0, 0.1],
-    }  # fmt: skip
-    found = search.tuner().hyperparameter_search(
-        lambda _: space, sweep.objective, n_trials=2, direction="maximize", backend="ray", progress_reporter=None
-    )
+    importlib.import_module("sweep_on_ray").main([*on_ray, "--cpus", "2", "--gpus", "0.5", "--seed", "3"])
 
-    assert used == [(1, 2, 1e-3, 1e-2, 0.0), (3, 1, 2e-3, 2e-2, 0.1)]
-    assert tune.reported == [40.0, 60.0]
-    assert (found.objective, found.hyperparameters) == (60.0, {name: choices[1] for name, choices in space.items()})
+    assert used == [(1, 2, 3e-4, 3e-3, 1e-4), (4, 1, 3e-2, 3e-1, 1e-1)]
+    assert fake_ray.reported == [40.0, 60.0]
+    assert fake_ray.settings["resources_per_trial"] == {"cpu": 2.0, "gpu": 0.5}
+    assert fake_ray.settings["search_alg"] == 3
+    results = results_of_ray(tmp_path / "ray")
+    assert (results["best"], results["validation"], results["test"]) == (1, 60.0, 50.0)
+
+
+def test_a_trial_that_fails_on_ray_is_left_out(
+    fake_ray: FakeRay, on_ray: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "accuracy_of", interrupting(sweep.accuracy_of, 1, OSError("no space left")))
+    importlib.import_module("sweep_on_ray").main(on_ray)
+    results = results_of_ray(tmp_path / "ray")
+    assert [trial["state"] for trial in results["trials"]] == ["fail", "complete"] and results["best"] == 1
+
+
+def test_without_a_trial_that_ends_on_ray_there_is_no_best(
+    fake_ray: FakeRay, on_ray: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_prediction: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sweep, "accuracy_of", fail)
+    with pytest.raises(SystemExit, match="At least one trial must come to its end, but of 2 none did"):
+        importlib.import_module("sweep_on_ray").main(on_ray)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_real_ray_finds_scripts_and_backbone(on_ray: list[str], tmp_path: Path) -> None:
+    importlib.import_module("sweep_on_ray").main(on_ray)
+    assert all(trial["state"] == "complete" for trial in results_of_ray(tmp_path / "ray")["trials"])
 
 
 def test_every_trial_starts_from_the_same_backbone(search: sweep.Search, tmp_path: Path) -> None:
