@@ -22,6 +22,7 @@ import sweep
 from images import DataError
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
+from sweep_trials import best_of
 from trainer_task import Task, complete
 from training import be_quiet
 
@@ -81,7 +82,7 @@ def run(search: sweep.Search) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         }
         for number, trial in enumerate(found.run_summary.trials)
     ]
-    return trials, max((trial for trial in trials if trial["state"] == "complete"), key=lambda trial: trial["accuracy"])
+    return trials, best_of(trials)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

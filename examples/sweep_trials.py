@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,7 @@ class Trials:
         Raises:
             DataError: none is complete.
         """
-        complete = [trial for trial in self.summaries() if trial["state"] == "complete"]
-        if not complete:
-            errors = [trial.user_attrs[ERROR] for trial in self.ended() if ERROR in trial.user_attrs]
-            raise DataError(
-                f"At least one trial must come to its end, but of {len(self.ended())} none did. Errors: "
-                f"{'; '.join(dict.fromkeys(errors)) or 'none'}."
-            )
-        return max(complete, key=lambda trial: trial["accuracy"])
+        return best_of(self.summaries())
 
     def summaries(self) -> list[dict[str, Any]]:
         """Of each that came to an end: ``number``, ``state``, ``params``, ``accuracy`` (of a pruned one: its last)."""
@@ -90,3 +83,19 @@ class Trials:
 
 def _last(trial: FrozenTrial) -> float | None:
     return trial.intermediate_values[trial.last_step] if trial.last_step is not None else None
+
+
+def best_of(trials: Sequence[Mapping[str, Any]]) -> Any:
+    """The complete trial of the highest accuracy, of trials as :meth:`Trials.summaries` gives them.
+
+    Raises:
+        DataError: none is complete.
+    """
+    complete = [trial for trial in trials if trial["state"] == "complete"]
+    if not complete:
+        errors = [trial[ERROR] for trial in trials if ERROR in trial]
+        raise DataError(
+            f"At least one trial must come to its end, but of {len(trials)} none did. Errors: "
+            f"{'; '.join(dict.fromkeys(errors)) or 'none'}."
+        )
+    return max(complete, key=lambda trial: trial["accuracy"])

@@ -67,9 +67,7 @@ def load_state_dict(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     own = adapter.tensors()
     check(own, tensors)
     for name, tensor in tensors.items():
-        given = _whole(tensor.detach())
-        for place, values in zip(_pieces(_local(own[name])), _pieces(_part_for(own[name], given)), strict=True):
-            place.copy_(values)
+        _copy(tensor, own[name])
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -77,17 +75,15 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _part_for(own: Tensor, whole: Tensor) -> Tensor:
-    """What this process takes of a whole tensor that its own, sharded or not, is to hold."""
-    if not isinstance(own, DTensor):
-        return whole
-    # No process sends its values: all have been given the same.
-    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None).to_local()
+def _copy(given: Tensor, own: Tensor) -> None:
+    """Copies a tensor, or of it the part that this process holds."""
+    given = _whole(given)
+    if isinstance(own, DTensor):  # no process sends its values: all have been given the same
+        given = given.to(own.device)
+        given = distribute_tensor(given, own.device_mesh, own.placements, src_data_rank=None).to_local()
+        own = own.to_local()
+    for place, values in zip(_pieces(own), _pieces(given), strict=True):
+        place.copy_(values)
 
 
 def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
