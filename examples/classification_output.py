@@ -6,30 +6,26 @@ import argparse
 import json
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import plots
 from accelerate import PartialState
-from huggingface_hub import ModelCard, ModelCardData
 from images import DataError
-from repository import CARD, Repository
+from repository import Repository
 from trainer_data import DatasetDict
 from trainer_task import Task
 from training import Method
 
-from vpt_peft import VPTModel
+from vpt_peft import VPTModel, card
 
-BEGIN, END = "<!-- generated, begin -->", "<!-- generated, end -->"
-FULL_MODEL = """{begin}
-# {title}
+FULL_MODEL = """# {title}
 
 {base}, all of it tuned to the classes {classes}.
 
 | | |
 |---|---|
 {rows}
-{end}"""
+"""
 
 
 @dataclass
@@ -178,21 +174,8 @@ class Report:
         name = self.task.model
         base = f"[{name}](https://huggingface.co/{name})" if self.task.base_model else name
         classes = ", ".join(self.task.class_names)
-        text = FULL_MODEL.format(begin=BEGIN, title=folder.name, base=base, classes=classes, rows=rows, end=END)
-        facts = {
-            "library_name": "transformers",
-            "pipeline_tag": "image-classification",
-            "base_model": self.task.base_model,
-        }
-        _write_card(folder / CARD, text, facts)
-
-
-def _write_card(file: Path, text: str, facts: dict[str, Any]) -> None:
-    """Writes a card, or refreshes the generated part and the metadata of the one that is there."""
-    if file.is_file():
-        card = ModelCard.load(file, ignore_metadata_errors=True)
-        facts = card.data.to_dict() | facts
-        before, begin, rest = card.text.partition(BEGIN)
-        _, end, behind = rest.partition(END)
-        text = before + text + behind if begin and end else card.text
-    ModelCard(f"---\n{ModelCardData(**facts).to_yaml()}\n---\n\n{text.strip()}\n").save(file)
+        text = FULL_MODEL.format(title=folder.name, base=base, classes=classes, rows=rows)
+        facts = {"library_name": "transformers", "pipeline_tag": "image-classification"}
+        if self.task.base_model:
+            facts["base_model"] = self.task.base_model
+        card.refresh(folder, text, facts)

@@ -50,7 +50,19 @@ def write(
         license: of the adapter.
     """
     where = (str(folder), None) if model_id is None else (model_id, subfolder)
-    generated = f"{BEGIN}\n{_render(adapter, where, training_data, metrics).strip()}\n{END}"
+    facts = _metadata(adapter, training_data, license)
+    refresh(folder, _render(adapter, where, training_data, metrics), facts, stacklevel=5)
+
+
+def refresh(folder: Path, body: str, facts: Mapping[str, Any], stacklevel: int = 2) -> None:
+    """Writes a card, or puts its generated part and metadata in place of those of the one that is there.
+
+    Args:
+        body: the generated part, in Markdown.
+        facts: metadata; tags join those that are there, all else replaces what is there.
+        stacklevel: whose line the warning about a card that cannot be read points at.
+    """
+    generated = f"{BEGIN}\n{body.strip()}\n{END}"
     with locked(folder):
         try:
             data, text = _split(_read(folder / NAME))
@@ -59,10 +71,11 @@ def write(
             warnings.warn(
                 f"'{folder / NAME}' must be UTF-8 text, with YAML between two lines '---' if it begins with one, but "
                 f"cannot be read: {reason}. It was left as it is. Mend or delete it, and save again.",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
             return
-        data |= _metadata(adapter, training_data, license, data.get("tags") or [])
+        tags = sorted({*(data.get("tags") or []), *facts.get("tags", [])})
+        data |= {**facts, "tags": tags or None}
         before, begin, rest = text.partition(BEGIN)
         _, end, behind = rest.partition(END)
         if begin and end:
@@ -87,7 +100,7 @@ def _split(content: str) -> tuple[dict[str, Any], str]:
     return data, card.text.strip()
 
 
-def _metadata(adapter: Adapter, training_data: str | None, license: str | None, tags: list[str]) -> dict[str, Any]:
+def _metadata(adapter: Adapter, training_data: str | None, license: str | None) -> dict[str, Any]:
     config = adapter.config
     values = {
         "library_name": "vpt-peft",
@@ -95,7 +108,7 @@ def _metadata(adapter: Adapter, training_data: str | None, license: str | None, 
         "base_model": config.base_model_name_or_path if _is_on_hub(config) else None,
         "base_model_relation": "adapter" if _is_on_hub(config) else None,
         "pipeline_tag": PIPELINES.get(str(config.task_type)),
-        "tags": sorted({*tags, "peft", "visual-prompt-tuning", "vpt-peft"}),
+        "tags": ["peft", "visual-prompt-tuning", "vpt-peft"],
         "datasets": [training_data] if training_data and is_repository(training_data) else None,
         "license": license,
     }
