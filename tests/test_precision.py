@@ -13,7 +13,7 @@ from packaging.version import Version
 from tiny import Tiny, assert_same, gradients, logits
 from torch._dynamo.utils import counters
 
-from vpt_peft import RouteError, VPTModel
+from vpt_peft import PromptConfig, RouteError, VPTModel
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "deep": {},
@@ -146,6 +146,64 @@ def test_the_default_compiler(vit: Tiny) -> None:
     vpt = vit.prompted().train()
     loss, expected = _compiled_step(vpt, vpt, vit)
     compiled_loss, ours = _compiled_step(torch.compile(vpt, fullgraph=True, dynamic=False), vpt, vit)
+    torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
+    assert_same(ours, expected, 1e-5)
+
+
+def _stirred(vpt: VPTModel) -> VPTModel:
+    """Adapters that answer quite otherwise than the bare backbone, those without prompts too."""
+    with torch.no_grad():
+        for parameter in vpt.adapters.parameters():
+            parameter.add_(0.3 * torch.rand_like(parameter))
+    return vpt
+
+
+BROKEN = {"deep": {}, "linear": {"num_tokens": 0}, "biases": {"num_tokens": 0, "bias": "all"}}
+each_broken = pytest.mark.parametrize("config", BROKEN.values(), ids=BROKEN)
+
+
+@each_broken
+def test_where_a_graph_breaks_the_parts_see_the_adapter_too(tiny: Tiny, config: dict[str, Any]) -> None:
+    vpt = _stirred(tiny.prompted(**config))
+    compiled = torch.compile(vpt, backend="eager")
+    counters.clear()
+    for images in (tiny.pixel_values, tiny.pixel_values[:3]):
+        with torch.no_grad():
+            ours, expected = (model(images, output_hidden_states=True) for model in (compiled, vpt))
+        torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
+    assert counters["graph_break"]
+
+
+def test_where_a_graph_breaks_images_of_many_tasks_see_their_own_adapters(vit: Tiny) -> None:
+    vpt = vit.prompted()
+    vpt.add_adapter("shallow", PromptConfig(num_tokens=3, deep=False), num_labels=2)
+    vpt.add_adapter("biases", PromptConfig(num_tokens=0, bias="all"))
+    compiled = torch.compile(_stirred(vpt), backend="eager")
+    for names in (["default", "shallow", "__base__", "default"], ["shallow"] * 2 + ["default"] * 2, ["biases"] * 4):
+        with torch.no_grad():
+            ours, expected = (
+                model(vit.pixel_values, adapter_names=names, output_hidden_states=True) for model in (compiled, vpt)
+            )
+        torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
+
+
+@each_broken
+def test_layers_compiled_one_by_one_see_the_adapter(vit: Tiny, config: dict[str, Any]) -> None:
+    vpt = _stirred(vit.prompted(**config)).train()
+    loss, expected = step(vpt, vit)
+    for layer in vpt._backbone.layers:
+        layer.module.compile(backend="eager")
+    compiled_loss, ours = step(vpt, vit)
+    torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
+    assert_same(ours, expected, 1e-5)
+
+
+@each_broken
+def test_gradient_checkpointing_where_it_breaks_a_compiled_graph(vit: Tiny, config: dict[str, Any]) -> None:
+    vpt = _stirred(vit.prompted(**config)).train()
+    loss, expected = step(vpt, vit)
+    vpt.gradient_checkpointing_enable()
+    compiled_loss, ours = _compiled_step(torch.compile(vpt, backend="aot_eager"), vpt, vit)
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
     assert_same(ours, expected, 1e-5)
 

@@ -6,12 +6,11 @@ that runs it. Nothing else in the package is global.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from .backbones import Layer
@@ -88,35 +87,22 @@ class Visit:
     met: bool = False
 
 
-@dataclass(eq=False)
-class _Current:
-    """A context variable of the running thread that torch.compile can trace.
+class _Current(threading.local):
+    """What the running thread is inside of.
 
-    ``ContextVar`` has no graph representation, so while a graph is traced a plain attribute takes its place.
+    A ``ContextVar`` would do as well, but torch.compile cannot trace one; and it must read the same value wherever it
+    begins, since at a graph break it goes on inside of a pass that has been entered without it.
     """
 
-    running: ContextVar[Pass | Visit | None] = field(default_factory=lambda: ContextVar("vpt_pass", default=None))
-    traced: Pass | Visit | None = None
-
-    def get(self) -> Pass | Visit | None:
-        if torch.compiler.is_compiling():
-            return self.traced
-        return self.running.get()
+    value: Pass | Visit | None = None
 
     @contextmanager
     def entered(self, value: Pass | Visit) -> Iterator[None]:
-        if torch.compiler.is_compiling():
-            before, self.traced = self.traced, value
-            try:
-                yield
-            finally:
-                self.traced = before
-        else:
-            token = self.running.set(value)
-            try:
-                yield
-            finally:
-                self.running.reset(token)
+        before, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = before
 
 
 current = _Current()
@@ -124,5 +110,5 @@ current = _Current()
 
 def current_pass() -> Pass | None:
     """The pass that the calling code is part of; None where the backbone was called directly."""
-    value = current.get()
+    value = current.value
     return value.of if isinstance(value, Visit) else value

@@ -65,7 +65,7 @@ def prompted_attention(
         config.bare._attn_implementation, config.eager
     )
     bare = View(module, config=config.bare)
-    visit = current.get()
+    visit = current.value
     guests = find_guests(visit) if isinstance(visit, Visit) else []
     if not guests or not isinstance(visit, Visit):
         return attend(bare, query, key, value, attention_mask, **kwargs)
