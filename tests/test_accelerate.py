@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, load_checkpoint_in_model
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import Tiny, assert_same
+from tiny import Tiny, assert_same, tiny_vit
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -73,6 +73,30 @@ def test_the_unwrapped_model_is_saved_as_scripts_do_it(tiny: Tiny, new: Any, pre
         state_dict=accelerator.get_state_dict(model),
     )
     assert_same(state(VPTModel.from_pretrained(new().model, tmp_path)), state(unwrapped))
+
+
+def test_a_compiled_model_is_saved_likewise(vit: Tiny, tmp_path: Path) -> None:
+    accelerator, model, optimizer, batches = prepare(vit, dynamo_backend="eager")
+    train(accelerator, model, optimizer, batches)
+    given = accelerator.get_state_dict(model)
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    assert all(name.startswith("_orig_mod.") for name in given) and isinstance(unwrapped, VPTModel)
+    unwrapped.save_pretrained(tmp_path, state_dict=given)
+    assert_same(state(VPTModel.from_pretrained(tiny_vit().model, tmp_path)), state(unwrapped))
+    other = tiny_vit().prompted()
+    other.load_state_dict(given)
+    assert_same(state(other), state(unwrapped))
+
+
+def test_what_accelerate_saves_of_a_model_comes_back(tiny: Tiny, new: Any, tmp_path: Path) -> None:
+    accelerator, model, optimizer, batches = prepare(tiny)
+    train(accelerator, model, optimizer, batches)
+    accelerator.save_model(model, str(tmp_path))
+    other = new().prompted()
+    load_checkpoint_in_model(other, str(tmp_path))
+    assert_same(state(other), state(accelerator.unwrap_model(model)))
+    other.save_pretrained(tmp_path)  # that folder holds no model: it may become an adapter's
+    assert_same(state(VPTModel.from_pretrained(new().model, tmp_path)), state(other))
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(tiny: Tiny, tmp_path: Path) -> None:

@@ -163,11 +163,11 @@ each_broken = pytest.mark.parametrize("config", BROKEN.values(), ids=BROKEN)
 
 
 @each_broken
-def test_where_a_graph_breaks_the_parts_see_the_adapter_too(tiny: Tiny, config: dict[str, Any]) -> None:
-    vpt = _stirred(tiny.prompted(**config))
+def test_where_a_graph_breaks_the_parts_see_the_adapter_too(vit: Tiny, config: dict[str, Any]) -> None:
+    vpt = _stirred(vit.prompted(**config))
     compiled = torch.compile(vpt, backend="eager")
     counters.clear()
-    for images in (tiny.pixel_values, tiny.pixel_values[:3]):
+    for images in (vit.pixel_values, vit.pixel_values[:3]):
         with torch.no_grad():
             ours, expected = (model(images, output_hidden_states=True) for model in (compiled, vpt))
         torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
@@ -179,7 +179,7 @@ def test_where_a_graph_breaks_images_of_many_tasks_see_their_own_adapters(vit: T
     vpt.add_adapter("shallow", PromptConfig(num_tokens=3, deep=False), num_labels=2)
     vpt.add_adapter("biases", PromptConfig(num_tokens=0, bias="all"))
     compiled = torch.compile(_stirred(vpt), backend="eager")
-    for names in (["default", "shallow", "__base__", "default"], ["shallow"] * 2 + ["default"] * 2, ["biases"] * 4):
+    for names in (["default", "shallow", "__base__", "default"], ["biases"] * 4):
         with torch.no_grad():
             ours, expected = (
                 model(vit.pixel_values, adapter_names=names, output_hidden_states=True) for model in (compiled, vpt)

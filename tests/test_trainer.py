@@ -12,9 +12,10 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import hf_hub_download
-from tiny import BUILDERS, Tiny, assert_same, logits
+from tiny import BUILDERS, Tiny, assert_same, logits, tiny_vit
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -322,6 +323,43 @@ def test_a_push_while_training_is_a_whole_adapter_with_the_callback(
     assert f'from_pretrained(model, "{repository}")' in card and run.args.output_dir not in card
 
 
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_a_checkpoint_goes_into_the_adapter_that_it_was_made_of(vit: Tiny, trainer: Any, is_forgotten: bool) -> None:
+    def two(tiny: Tiny) -> VPTModel:
+        vpt = tiny.prompted()
+        vpt.add_adapter("birds", PromptConfig(num_tokens=5))  # of the same shapes
+        return vpt
+
+    vpt, resumed = two(vit), two(tiny_vit())
+    vpt.set_adapter("birds")
+    run = trainer(vpt, vit)
+    run.train()
+    before = {name: tensor.clone() for name, tensor in get_adapter_state_dict(resumed, "default").items()}
+    checkpoint = str(Path(run.args.output_dir, "checkpoint-8"))
+    again = trainer(resumed, vit)
+    if is_forgotten:
+        with pytest.warns(UserWarning, match=r"holds birds, while default is active.*call set_adapter\('birds'\)"):
+            again._load_from_checkpoint(checkpoint)
+    else:
+        resumed.set_adapter("birds")
+        again.train(resume_from_checkpoint=checkpoint)
+    assert_same(dict(get_adapter_state_dict(resumed, "birds")), state(vpt))
+    assert_same(dict(get_adapter_state_dict(resumed, "default")), before)
+    with pytest.raises(CheckpointError, match=r"unexpected: adapters\.birds"):
+        trainer(tiny_vit().prompted(), vit).train(resume_from_checkpoint=checkpoint)
+
+
+def test_noise_on_the_embeddings_is_added_while_training_alone(vit: Tiny, trainer: Any) -> None:
+    noisy, still, plain = vit.prompted(), tiny_vit().prompted(), tiny_vit().prompted()
+    for vpt, alpha in ((noisy, 5.0), (still, 0.0), (plain, None)):
+        run = trainer(vpt, vit, save_strategy="no", neftune_noise_alpha=alpha)
+        run.train()
+    assert_same(state(still), state(plain))
+    assert not torch.equal(state(noisy)["prompts.0"], state(plain)["prompts.0"])
+    assert torch.equal(logits(noisy.eval(), vit.pixel_values), logits(noisy, vit.pixel_values))
+    assert not any(module.training for module in noisy.base_model.modules())
+
+
 def test_a_state_dict_holds_adapters_alone_and_comes_back(tiny: Tiny, new: Any) -> None:
     vpt, other = tiny.prompted(), new().prompted()
     vpt.add_adapter("birds", PromptConfig(num_tokens=2))
@@ -353,6 +391,37 @@ def test_a_state_dict_with_the_backbones_weights_is_refused(vit: Tiny) -> None:
     with pytest.raises(ValueError, match="The backbone never changes"):
         vpt.load_state_dict({**vpt.state_dict(), **stranger})
     assert_same(dict(vit.model.state_dict()), before)
+    wrapped = torch.nn.ModuleDict({"inner": vpt})
+    with pytest.raises(ValueError, match="The backbone never changes"):
+        wrapped.load_state_dict({f"inner.{name}": tensor for name, tensor in {**vpt.state_dict(), **stranger}.items()})
+    assert_same(dict(vit.model.state_dict()), before)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_the_tools_of_torch_for_state_dicts_bring_one_back(tiny: Tiny, new: Any, is_full: bool) -> None:
+    vpt, other = tiny.prompted(), new().prompted()
+    torch.nn.init.ones_(vpt.adapters["default"].prompts.embeddings["0"])
+    options = StateDictOptions(full_state_dict=is_full)
+    given = get_model_state_dict(vpt, options=options)
+    assert set(given) == set(vpt.state_dict())
+    set_model_state_dict(other, given, options=options)
+    assert_same(state(other), state(vpt))
+    given["base_model.classifier.weight"] = torch.zeros_like(tiny.model.classifier.weight)
+    with pytest.raises(CheckpointError, match="The backbone never changes"):
+        set_model_state_dict(other, given, options=options)
+    assert tiny.model.classifier.weight.any() and other.base_model.classifier.weight.any()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_models_own_folder_is_left_alone(vit: Tiny, tmp_path: Path, name: str) -> None:
+    vit.model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    vpt = vit.prompted()
+    for arguments in ({}, {"state_dict": None}):
+        with pytest.raises(CheckpointError, match=f"a folder of its own, but .* holds a model .{name}.*Choose another"):
+            vpt.save_pretrained(tmp_path, **arguments)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_saving_over_a_checkpoint_leaves_no_stale_weights(vit: Tiny, tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from .state import load_state_dict, misfits, refuse, shapes_of
 from .weights import digest, open_weights, pack
 
 TRAINER_WEIGHTS_NAME = "model.safetensors"
+MODEL_WEIGHTS_NAMES = (
+    TRAINER_WEIGHTS_NAME, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 
 
 # -- saving ---------------------------------------------------------------------------------------------------------
@@ -58,16 +61,29 @@ def save(adapter: Adapter, folder: str | os.PathLike[str], version: str, tensors
         replace(config, text.encode())
 
 
-def link(folder: Path, checkpoint: Path) -> None:
+def link(folder: Path, checkpoint: Path, names: Mapping[str, str] | None = None) -> None:
     """Gives a folder's weights the name under which ``Trainer`` looks for them, without taking space for them twice
-    where the file system can do that."""
+    where the file system can do that.
+
+    Args:
+        names: ``{name: other name}`` of the tensors there, which takes the space; None: they keep their names.
+    """
     with locked(checkpoint), tempfile.TemporaryDirectory(dir=checkpoint, prefix=".saving-") as temporary:
         file = Path(temporary) / TRAINER_WEIGHTS_NAME
         try:
-            os.link(folder / WEIGHTS_NAME, file)
+            if names is not None:
+                file.write_bytes(_renamed(folder / WEIGHTS_NAME, names))
+            else:
+                os.link(folder / WEIGHTS_NAME, file)
         except OSError:
             shutil.copyfile(folder / WEIGHTS_NAME, file)
         os.replace(file, checkpoint / TRAINER_WEIGHTS_NAME)
+
+
+def _renamed(file: Path, names: Mapping[str, str]) -> bytes:
+    with open_weights(file) as weights:
+        tensors = {names[name]: tensor for name, tensor in weights.tensors().items()}
+        return pack(tensors, weights.config or "", "")
 
 
 def is_linked(checkpoint: Path) -> bool:
@@ -75,6 +91,28 @@ def is_linked(checkpoint: Path) -> bool:
     try:
         with open_weights(checkpoint / TRAINER_WEIGHTS_NAME) as weights:
             return weights.config is not None
+    except CheckpointError:
+        return False
+
+
+def check_place(folder: Path) -> None:
+    """Raises CheckpointError for a folder with a whole model, which could not be loaded any more with an adapter in it.
+
+    A checkpoint would replace its weights, and transformers, where PEFT is installed, would take it for an adapter.
+    """
+    found = [name for name in MODEL_WEIGHTS_NAMES if (folder / name).exists()]
+    if found and not (found == [TRAINER_WEIGHTS_NAME] and _holds_adapters(folder / TRAINER_WEIGHTS_NAME)):
+        raise CheckpointError(
+            f"An adapter needs a folder of its own, but '{folder}' holds a model ({', '.join(found)}), which could "
+            "not be loaded any more. Choose another folder. Nothing was saved."
+        )
+
+
+def _holds_adapters(file: Path) -> bool:
+    """Whether a file is a checkpoint's, or a state that accelerate has saved, and not a model."""
+    try:
+        with open_weights(file) as weights:
+            return weights.config is not None or all(name.startswith("adapters.") for name in weights.shapes)
     except CheckpointError:
         return False
 

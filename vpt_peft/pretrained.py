@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,6 +48,7 @@ class AdaptedModel(PreTrainedModel):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)  # a config of its own, weights to draw, an attention to choose: there are none
+        self.register_load_state_dict_pre_hook(_refuse_backbone)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
 
     @property
@@ -109,6 +111,9 @@ class AdaptedModel(PreTrainedModel):
         for module in self.base_model.modules():
             if is_quantized(module):  # in eval mode some pack their weights for inference, and give no gradients then
                 module.training = True
+        embeddings = self.get_input_embeddings()
+        if hasattr(embeddings, "neftune_noise_alpha"):  # Trainer was asked for noise on what they give
+            embeddings.training = mode
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -156,25 +161,36 @@ class AdaptedModel(PreTrainedModel):
         Args:
             state_dict: as :meth:`state_dict` gives it; or the active adapter's, as ``get_adapter_state_dict`` gives
                 it and ``adapter_model.safetensors`` holds it, which is taken in strictly.
+            strict: False: adapters that it does not speak of stay as they are, with a warning for the active one.
 
         Raises:
-            CheckpointError: tensors of the backbone are among them, or they do not fit. Nothing has changed.
+            CheckpointError: tensors of the backbone are among them, other than its own as they are, or they do not
+                fit. Nothing has changed.
         """
-        theirs = [name for name in state_dict if BACKBONE.match(name)]
-        if theirs:
-            raise CheckpointError(
-                f"Expected tensors of adapters, got {len(theirs)} of the backbone, such as {theirs[0]}. The backbone "
-                "never changes: load it by its own from_pretrained, and only adapters here."
-            )
-        if any(name.startswith("adapters.") for name in state_dict):
-            own, given = dict(self.state_dict()), dict(state_dict)
-            if not strict:
-                both = own.keys() & given.keys()
-                own, given = ({name: some[name] for name in both} for some in (own, given))
-            state.check(own, given)
-            return super().load_state_dict(state_dict, strict, assign)
-        state.load_state_dict(self._active, state_dict)
+        given = state.unwrapped(state_dict)
+        _refuse_backbone(self, given, "")
+        if any(name.startswith("adapters.") for name in given):
+            return self._load_adapters(given, strict, assign)
+        state.load_state_dict(self._active, given)
         return LoadResult([], [])
+
+    def _load_adapters(self, given: dict[str, Any], strict: bool, assign: bool) -> Any:
+        own = dict(self.state_dict())
+        both = own.keys() & given.keys()
+        if not strict and both:  # with nothing in common, all that is wrong is named below
+            state.check(*({name: some[name] for name in both} for some in (own, given)))
+        else:
+            state.check(own, given)
+        spoken_of = {name.split(".")[1] for name in both}
+        if self._active_adapter not in spoken_of:
+            warnings.warn(
+                f"The state dict holds {', '.join(sorted(spoken_of))}, while {self._active_adapter} is active, which "
+                f"stays as it was. To go on from a checkpoint, call set_adapter({min(spoken_of)!r}) before training.",
+                stacklevel=3,
+            )
+        result = super().load_state_dict(given, strict, assign)
+        result.missing_keys[:] = [name for name in result.missing_keys if name.split(".")[1] in spoken_of]
+        return result
 
     # -- activation checkpointing -----------------------------------------------------------------------------------
 
@@ -202,6 +218,21 @@ class AdaptedModel(PreTrainedModel):
     def gradient_checkpointing_disable(self) -> None:
         """The older name of :meth:`activation_checkpointing_disable`."""
         self.activation_checkpointing_disable()
+
+
+def _refuse_backbone(module: AdaptedModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Takes the backbone's own tensors out of a state dict, to which torch's tools add them, and refuses others."""
+    base, prefix = module.base_model, f"{prefix}base_model."
+    own = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
+    theirs = [name for name in state_dict if name.startswith(prefix)]
+    others = [name for name in theirs if state_dict[name] is not own.get(name.removeprefix(prefix))]
+    if others:
+        raise CheckpointError(
+            f"Expected tensors of adapters, got {len(others)} of the backbone, such as {others[0]}. The backbone "
+            "never changes: load it by its own from_pretrained, and only adapters here."
+        )
+    for name in theirs:
+        del state_dict[name]
 
 
 def _expect_no_backbone(module: nn.Module, incompatible: Any) -> None:

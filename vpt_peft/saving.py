@@ -61,6 +61,8 @@ class SavableModel(PromptedModel):
             names = [self._active_adapter]
         if not names:
             raise AdapterError(f"selected_adapters must name some of {', '.join(self.adapters)}, got none.")
+        for place in [Path(save_directory)] * is_checkpoint + [_folder(save_directory, name) for name in names]:
+            checkpoint.check_place(place)  # in every process, since what follows may need them all
         for name in names:
             adapter = self._adapters[name]
             prefix = f"adapters.{name}."
@@ -74,7 +76,9 @@ class SavableModel(PromptedModel):
             self.create_or_update_model_card(save_directory, name, **card_details)
         if is_main_process and (is_checkpoint or checkpoint.is_linked(Path(save_directory))):
             linked = self._active_adapter if self._active_adapter in names else names[0]
-            checkpoint.link(_folder(save_directory, linked), Path(save_directory))
+            # Among several adapters, Trainer must find again the one whose weights these are.
+            whose = state.places(self._adapters[linked], f"adapters.{linked}.") if len(self.adapters) > 1 else None
+            checkpoint.link(_folder(save_directory, linked), Path(save_directory), whose)
 
     def create_or_update_model_card(
         self, output_dir: str | os.PathLike[str], adapter_name: str = "default", **details: Any

@@ -13,6 +13,7 @@ from .errors import AdapterError, CheckpointError, listed
 
 MAX_LISTED = 1000
 MAX_ALONE = 2**14
+COMPILED = "_orig_mod."  # before the names of a compiled module's tensors
 
 
 def storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -37,14 +38,26 @@ def state_dict(adapter: Adapter) -> dict[str, Tensor]:
     return {name: _whole(tensor.detach()) for name, tensor in adapter.tensors().items()}
 
 
+def places(adapter: Adapter, prefix: str) -> dict[str, str]:
+    """``{name in the format: name in a module's state dict}`` of an adapter whose tensors stand there behind
+    ``prefix``."""
+    found = {id(tensor): prefix + name for name, tensor in adapter.state_dict(keep_vars=True).items()}
+    return {name: found[id(tensor)] for name, tensor in adapter.tensors().items()}
+
+
+def unwrapped(module_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of a module, or of what ``torch.compile`` made of it, under the names that the module gives."""
+    _check_mapping(module_state)
+    return {name.removeprefix(COMPILED): tensor for name, tensor in module_state.items()}
+
+
 def translate(adapter: Adapter, prefix: str, module_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors out of a module's state dict, in which they stand behind ``prefix``.
 
     Raises:
         CheckpointError: one is missing.
     """
-    places = {id(tensor): prefix + name for name, tensor in adapter.state_dict(keep_vars=True).items()}
-    names = {name: places[id(tensor)] for name, tensor in adapter.tensors().items()}
+    names, module_state = places(adapter, prefix), unwrapped(module_state)
     missing = [place for place in names.values() if place not in module_state]
     if missing:
         raise CheckpointError(
@@ -126,10 +139,14 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return rows.split(max(1, MAX_ALONE // max(1, size)))
 
 
-def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError for what is no state dict, or holds what cannot be copied from."""
+def _check_mapping(tensors: object) -> None:
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"Expected a state dict, a dict of tensors by name, got {type(tensors).__name__}.")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for what is no state dict, or holds what cannot be copied from."""
+    _check_mapping(tensors)
     others = {
         "no dense tensors with data": [
             f"{name}: {type(tensor).__name__}" for name, tensor in tensors.items() if not _is_dense(tensor)
