@@ -22,9 +22,10 @@ import digits
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from images import DataError, ImageSet, Preprocessing, augment, load_images
+from images import DataError, ImageSet, Preprocessing, augment, load_images, public_name
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
+from trainer_tools import check_same_settings
 from training import METHODS, Settings, be_quiet, check_least, learning_rate_factor, load_backbone
 
 from vpt_peft import VPTError, get_vpt_model, parameter_groups
@@ -49,7 +50,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
-    check_least(parser, args, epochs=1, batch_size=1, accumulate=1, save_every=1)
+    check_least(parser, args, epochs=1, batch_size=1, accumulate=1, save_every=1, seed=0)
     if args.resume and not (args.resume / "epoch.json").is_file():
         parser.error(f"--resume must be a folder that this script saved, such as state-5, got {args.resume}.")
     return args
@@ -85,8 +86,10 @@ def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageS
     accelerator.register_for_checkpointing(schedule)
     done = 0
     if args.resume:
+        begun = json.loads((args.resume / "epoch.json").read_text())
+        check_same_settings(f"The run of {args.resume}", begun, settings_of(args))  # seeds draw the test images
         accelerator.load_state(str(args.resume))
-        done = json.loads((args.resume / "epoch.json").read_text())["epoch"]
+        done = begun["epoch"]
     bar = tqdm(total=steps, initial=schedule.last_epoch, disable=not accelerator.is_main_process, unit="step")
     for epoch in range(done, args.epochs):
         vpt.train()
@@ -102,18 +105,24 @@ def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageS
                     bar.update()
                 optimizer.zero_grad()
         if (epoch + 1) % args.save_every == 0:
-            save_state(accelerator, args.output / f"state-{epoch + 1}", epoch + 1)
+            save_state(accelerator, args.output / f"state-{epoch + 1}", {"epoch": epoch + 1, **settings_of(args)})
         accuracy = test(accelerator, vpt, tests, images)
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.1f} %")
     bar.close()
     return accelerator.unwrap_model(vpt), test(accelerator, vpt, tests, images)
 
 
-def save_state(accelerator: Accelerator, folder: Path, epoch: int) -> None:
-    """Everything that training goes on from: adapter, optimizer, schedule, generators, and how far it came."""
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run must not change when it goes on."""
+    names = {name: getattr(args, name) and public_name(getattr(args, name)) for name in ("model", "data")}
+    return {**names, **{name: getattr(args, name) for name in ("epochs", "batch_size", "accumulate", "seed")}}
+
+
+def save_state(accelerator: Accelerator, folder: Path, begun: dict[str, Any]) -> None:
+    """Everything that training goes on from: adapter, optimizer, schedule, generators, and what it is a part of."""
     accelerator.save_state(str(folder))
     if accelerator.is_main_process:
-        (folder / "epoch.json").write_text(json.dumps({"epoch": epoch}))
+        (folder / "epoch.json").write_text(json.dumps(begun))
 
 
 @torch.no_grad()

@@ -48,6 +48,37 @@ def public_name(source: str) -> str:
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An image as it is meant to be looked at: turned as its camera noted, in three channels of 8 bits.
+
+    Raises:
+        DataError: it has values of no known range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # PIL itself would cut off all above 255
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise DataError(
+                f"it must have whole numbers of 8 or 16 bits, got {values.dtype} from {values.min():g} to "
+                f"{values.max():g}"
+            )
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_image(file: Path) -> Image.Image:
+    """An image file as :func:`upright` makes it.
+
+    Raises:
+        DataError: names the file that cannot be read.
+    """
+    try:
+        with Image.open(file) as image:
+            return upright(image)
+    except (UnidentifiedImageError, OSError, DataError) as error:
+        raise DataError(f"'{file}' must be an image, but cannot be read: {error}. Repair or remove it.") from error
+
+
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Bytes to what a backbone reads, both ``(num_images, 3, height, width)``: 0..1, then normalised a channel."""
     shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
@@ -117,7 +148,7 @@ class Preprocessing:
 
     def load(self, image: Image.Image) -> Tensor:
         """``(3, size, size)`` bytes: the largest square in the middle of the image, resized."""
-        square = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
+        square = ImageOps.fit(upright(image), (self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
@@ -153,7 +184,11 @@ class ImageSet:
         return replace(kept, labels=labels, class_names=tuple(self.class_names[label] for label in classes))
 
     def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-        """Two disjoint sets, drawn at random: ``share`` of each class's images, and the rest."""
+        """Two disjoint sets, drawn at random: ``share`` of each class's images, and the rest.
+
+        Raises:
+            DataError: there are so few that one of them would be empty.
+        """
         generator = torch.Generator().manual_seed(seed)
         first, second = [], []
         for label in range(len(self.class_names)):
@@ -162,7 +197,13 @@ class ImageSet:
             cut = round(share * len(members))
             first.append(members[:cut])
             second.append(members[cut:])
-        return self.take(torch.cat(first)), self.take(torch.cat(second))
+        parts = torch.cat(first), torch.cat(second)
+        if not all(map(len, parts)):
+            raise DataError(
+                f"There must be more images of a class, got {len(self)} of {len(self.class_names)} classes, of which "
+                f"{share:.0%} and the rest are {len(parts[0])} and {len(parts[1])} images."
+            )
+        return self.take(parts[0]), self.take(parts[1])
 
 
 def augment(images: Tensor, generator: torch.Generator, flip: bool = False) -> Tensor:
@@ -227,11 +268,7 @@ def _from_class_folders(folder: Path, names: tuple[str, ...], preprocessing: Pre
         )
     images, labels = [], []
     for file, label in tqdm(files, desc=f"Reading {folder.name}", unit="image", leave=False):
-        try:
-            with Image.open(file) as image:
-                images.append(preprocessing.load(image))
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"'{file}' must be an image, but cannot be read: {error}. Repair or remove it.") from error
+        images.append(preprocessing.load(read_image(file)))
         labels.append(label)
     return ImageSet(torch.stack(images), torch.tensor(labels), names, preprocessing)
 

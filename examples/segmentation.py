@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from images import SUFFIXES, DataError
+from images import SUFFIXES, DataError, read_image
 from PIL import Image
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor
@@ -54,10 +54,9 @@ def load_folder(
     for split in ("train", "test"):
         pairs = _pairs(folder, split)
         if size is None:
-            with Image.open(pairs[0][0]) as first:
-                size = first.height, first.width
-        images = torch.stack([_image(image, size) for image, _ in pairs])
-        masks = torch.stack([_mask(mask, size) for _, mask in pairs])
+            first = read_image(pairs[0][0])
+            size = first.height, first.width
+        images, masks = (torch.stack(both) for both in zip(*(_read(*pair, size) for pair in pairs), strict=True))
         splits.append((images, masks.masked_fill(masks == ignore_index, VOID)))
     if len(splits[0][0]) < 2:
         raise DataError(f"There must be at least 2 training images in '{folder}', got {len(splits[0][0])}.")
@@ -65,6 +64,11 @@ def load_folder(
     if not len(used):
         raise DataError(f"The masks in '{folder}' must have labels other than {ignore_index}, but have none.")
     names = _label_names(folder, int(used.max()) + 1)
+    if len(names) < 2:
+        raise DataError(
+            f"The masks in '{folder}' must have two labels or more, got 0 alone besides {ignore_index}, which counts "
+            f"as no label. If it is one, change it in the masks, or choose another --ignore-index."
+        )
     train, test = (SegmentationSet(images, masks, names) for images, masks in splits)
     return train, test
 
@@ -76,9 +80,7 @@ def _pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
     if found[0] is None or found[1] is None:
         missing = both[0 if found[0] is None else 1]
         raise DataError(f"Expected a folder '{missing[0]}' or '{missing[1]}', found neither.")
-    images, masks = (
-        {path.stem: path for path in sorted(one.iterdir()) if path.suffix.lower() in SUFFIXES} for one in found if one
-    )
+    images, masks = (_by_name(one) for one in found if one)
     if not images or images.keys() != masks.keys():
         odd = sorted(images.keys() ^ masks.keys())[:5]
         raise DataError(
@@ -88,16 +90,31 @@ def _pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
     return [(images[name], masks[name]) for name in images]
 
 
-def _image(path: Path, size: tuple[int, int]) -> Tensor:
-    image = Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _by_name(folder: Path) -> dict[str, Path]:
+    """A folder's images by their names without endings, of which no two may be the same."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and found.setdefault(path.stem, path) != path:
+            raise DataError(f"Images of a folder must differ in more than their endings, got {path} and another.")
+    return found
 
 
-def _mask(path: Path, size: tuple[int, int]) -> Tensor:
-    mask = Image.open(path)
-    if mask.mode not in ("L", "P"):
-        raise DataError(f"A mask must have one channel with labels from 0 to 254, got mode {mask.mode} in '{path}'.")
-    return torch.from_numpy(np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))).long()
+def _read(image_path: Path, mask_path: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """An image and its mask, brought to a size. The mask may be coarser than the image, but not of another shape."""
+    image = read_image(image_path)
+    with Image.open(mask_path) as mask:
+        if mask.mode not in ("L", "P"):
+            raise DataError(
+                f"A mask must have one channel with labels from 0 to 254, got mode {mask.mode} in '{mask_path}'."
+            )
+        if image.width * mask.height != image.height * mask.width:
+            raise DataError(
+                f"A mask must be of its image's shape, got {mask.width} x {mask.height} pixels in '{mask_path}' and "
+                f"{image.width} x {image.height} in '{image_path}', turned as its camera noted."
+            )
+        labels = torch.from_numpy(np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))).long()
+    resized = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1), labels
 
 
 def _label_names(folder: Path, number: int) -> tuple[str, ...]:

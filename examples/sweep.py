@@ -27,7 +27,7 @@ from sweep_trials import ERROR, Trials
 from trainer_data import split
 from trainer_task import Task, add_options, complete
 from trainer_tools import accuracy_of, quieted, training_arguments
-from training import be_quiet, load_backbone
+from training import be_quiet, check_least, load_backbone
 from transformers import Trainer, TrainingArguments
 
 from vpt_peft import PromptConfig, VPTError, VPTModel, adamw, get_vpt_model, parameter_groups
@@ -42,7 +42,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked and completed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_search_options(parser)
-    return complete(parser, parser.parse_args(argv))
+    return complete_search(parser, parser.parse_args(argv))
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,12 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     add("--most-tokens", type=int, default=50, help="the longest prompt to try (default: %(default)s)")
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
     add("--output", type=Path, default=Path("runs/sweep"), help="default: %(default)s")
+
+
+def complete_search(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The command line, checked, with the defaults that depend on the data."""
+    check_least(parser, args, trials=1, most_tokens=1, seed=0)
+    return complete(parser, args)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from images import DataError
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 from sweep_trials import best_of
-from trainer_task import Task, complete
+from trainer_task import Task
 from training import be_quiet
 
 from vpt_peft import VPTError
@@ -37,7 +37,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--address", help='of the cluster, "auto" on a machine of it (default: start Ray on this machine)')
     add("--cpus", type=float, default=1, help="for each trial (default: %(default)s)")
     add("--gpus", type=float, default=0, help="for each trial; 0.5 lets two share one (default: %(default)s)")
-    return complete(parser, parser.parse_args(argv))
+    return sweep.complete_search(parser, parser.parse_args(argv))
 
 
 def space(search: sweep.Search) -> dict[str, Any]:

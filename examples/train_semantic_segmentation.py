@@ -23,7 +23,7 @@ from images import HALF, DataError, mean_and_std, normalised
 from segmentation import Scores, SegmentationSet, digit_scenes, load_folder, picture, score
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import DEVICE, be_quiet, check_least, table
+from training import DEVICE, above_zero, be_quiet, check_least, table
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
@@ -132,6 +132,15 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
+def _segmenter(name: str, label_names: Sequence[str]) -> Any:
+    try:
+        return AutoModelForSemanticSegmentation.from_pretrained(
+            name, ignore_mismatched_sizes=True, dtype=torch.float32, **_labels(label_names)
+        )
+    except ValueError as error:
+        raise DataError(f"The model must be a Swin or one for semantic segmentation, got '{name}': {error}") from error
+
+
 def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path, Loop]:
     """Saves a backbone with a new decode head for these labels. Returns its folder, and what it takes to train it."""
     folder = args.output / "backbone"
@@ -150,12 +159,7 @@ def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path,
         print(f"1. Loading {args.model}.")
         is_swin = AutoConfig.from_pretrained(args.model).model_type == "swin"
         loop = Loop(args.batch_size, args.seed, args.flip, *mean_and_std(args.model))
-        if is_swin:
-            model = upernet(args.model, label_names, width=256)
-        else:
-            model = AutoModelForSemanticSegmentation.from_pretrained(
-                args.model, ignore_mismatched_sizes=True, dtype=torch.float32, **_labels(label_names)
-            )
+        model = upernet(args.model, label_names, width=256) if is_swin else _segmenter(args.model, label_names)
     model.save_pretrained(folder)
     return folder, loop
 
@@ -195,27 +199,33 @@ def show(results: dict[str, Result], label_names: Sequence[str]) -> None:
     print(f"\n{table(rows)}\n\n{table(each)}\n")
 
 
+def pixels(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", help="a Swin, BEiT or UperNet checkpoint, by name or folder (default: a small one, pretrained here)")
     add("--data", type=Path, help="a folder with images and masks (default: scenes with digits)")
     add("--ignore-index", type=int, default=255, help="the masks' value for pixels without label (default: 255)")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="to bring all images to (default: the first's)")
+    add("--size", type=pixels, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of all images (default: the first's)")
     add("--method", nargs="+", choices=METHODS, default=["linear", "vpt-shallow", "vpt-deep"], help="one or several")
     add("--flip", action="store_true", help="mirror half of the batches; only where mirrored images keep their labels")
     add("--epochs", type=int, default=15, help="default: %(default)s")
     add("--batch-size", type=int, default=8, help="default: %(default)s")
-    add("--head-rate", type=float, default=3e-3, help="learning rate of decode heads (default: %(default)s)")
-    add("--prompt-rate", type=float, default=3e-3, help="learning rate of prompts (default: %(default)s)")
-    add("--full-rate", type=float, default=3e-4, help="learning rate of full fine-tuning (default: %(default)s)")
+    add("--head-rate", type=above_zero, default=3e-3, help="learning rate of decode heads (default: %(default)s)")
+    add("--prompt-rate", type=above_zero, default=3e-3, help="learning rate of prompts (default: %(default)s)")
+    add("--full-rate", type=above_zero, default=3e-4, help="learning rate of full fine-tuning (default: %(default)s)")
     add("--pretraining-epochs", type=int, default=8, help="default: %(default)s")
     add("--pretraining-images", type=int, default=400, help="default: %(default)s")
     add("--images", type=int, default=100, help="digit scenes to train on, and as many to test on (default: 100)")
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
     add("--output", type=Path, default=Path("runs", "segmentation"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    check_least(parser, args, epochs=1, pretraining_epochs=1)
+    check_least(parser, args, epochs=1, pretraining_epochs=1, seed=0)
     check_least(parser, args, batch_size=2, images=2, pretraining_images=2)  # decode heads have batch norms
     return args
 

@@ -11,7 +11,7 @@ import transformers
 from augmentation import RandomCropAndFlip
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from images import TEST_SPLITS, DataError, ImageSet, image_size_of, processor_settings
+from images import TEST_SPLITS, DataError, ImageSet, image_size_of, processor_settings, upright
 from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
@@ -88,6 +88,7 @@ def load_data(source: str, seed: int, image_column: str | None = None, label_col
     if test is None:
         return split(train, 0.2, seed)
     held_out = with_columns(splits[test], source, image_column, label_column, train.features[LABEL])
+    _check_trained(source, train, held_out)
     return DatasetDict(train=train, test=held_out)
 
 
@@ -101,6 +102,8 @@ def with_columns(
     """
     image = image or _column(rows, source, IMAGE, "Image")
     label = label or _column(rows, source, LABEL, "ClassLabel")
+    if image == label:
+        raise DataError(f"Images and labels must be two columns, got {image} for both. Name another of them.")
     missing = [name for name in (image, label) if name not in rows.features]
     if missing:
         raise DataError(f"'{source}' must have the column {missing[0]}, got {', '.join(rows.features)}.")
@@ -126,10 +129,26 @@ def _check_classes(source: str, known: list[str], fits: bool, found: list[str]) 
         raise DataError(f"The test images of '{source}' must have the classes {known}, got {found}.")
 
 
+def _check_trained(source: str, train: Dataset, test: Dataset) -> None:
+    """Raises DataError for classes that are tested and not trained, which a folder's splits are not asked about."""
+    unknown = sorted(set(test.unique(LABEL)) - set(train.unique(LABEL)))
+    if unknown:
+        names = [train.features[LABEL].names[label] if label >= 0 else str(label) for label in unknown]
+        raise DataError(
+            f"The test images of '{source}' must have the classes of its training images, but have {', '.join(names)} "
+            "besides."
+        )
+
+
 def _column(rows: Dataset, source: str, name: str, kind: str) -> str:
     found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
     if name in found or len(found) == 1:
         return name if name in found else found[0]
+    if os.path.isdir(source) and not found:
+        raise DataError(
+            f"'{source}' must hold a folder of images for each class, two or more and none within another, or a "
+            f"column of its metadata must be named by --{name}-column; got the columns {', '.join(rows.features)}."
+        )
     raise DataError(
         f"'{source}' must have one column of type {kind}, got {len(found)} among {dict(rows.features)}. "
         f"Name it by --{name}-column."
@@ -157,7 +176,8 @@ def prepared(rows: Dataset, processor: Any, augmentation: RandomCropAndFlip | No
     Args:
         augmentation: in place of the processor's own resizing and cropping, for training.
     """
-    return rows.with_transform(_Transform(processor, augmentation))
+    stored = rows.cast_column(IMAGE, ImageFeature(decode=False))
+    return stored.with_transform(_Transform(processor, augmentation))
 
 
 class _Transform:
@@ -167,9 +187,18 @@ class _Transform:
         self.processor, self.augmentation = processor, augmentation
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in rows[IMAGE]]
+        pictures = [_decoded(stored) for stored in rows[IMAGE]]
         kwargs = {"return_tensors": "pt"}
         if self.augmentation is not None:
             pictures = [self.augmentation(picture) for picture in pictures]
             kwargs |= {"do_resize": False, "do_center_crop": False}
         return {"pixel_values": self.processor(pictures, **kwargs)["pixel_values"], "labels": rows[LABEL]}
+
+
+def _decoded(stored: dict[str, Any]) -> Image.Image:
+    """An image as a data set stores it, decoded by the data set's own means."""
+    try:
+        return upright(ImageFeature().decode_example(stored))
+    except (OSError, DataError) as error:
+        place = f"'{stored['path']}'" if stored["path"] else "An image of the data set"
+        raise DataError(f"{place} must be an image, but cannot be read: {error}. Repair or remove it.") from error

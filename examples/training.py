@@ -240,6 +240,14 @@ def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **lea
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}.")
 
 
+def above_zero(text: str) -> float:
+    """A number of the command line that must be finite and above 0, such as a learning rate."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns; the first row is the heading, the first column stands left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -153,6 +154,29 @@ def test_a_broken_picture_is_named(picture_folder: Callable[..., Path]) -> None:
     (folder / "red" / "0.png").write_bytes(b"no picture")
     with pytest.raises(images.DataError, match=r"red.0\.png' must be an image"):
         images.load_images(str(folder), images.Preprocessing(8), seed=0)
+
+
+def test_pictures_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    shades = np.array([[0, 3000], [30000, 65535]], dtype=np.uint16)
+    Image.fromarray(shades).save(tmp_path / "cells.png")
+    seen = np.array(images.read_image(tmp_path / "cells.png"))
+    assert seen.shape == (2, 2, 3) and seen[..., 0].tolist() == [[0, 12], [117, 255]]
+    Image.fromarray(shades.astype(np.float32) / 65535).save(tmp_path / "cells.tif")
+    with pytest.raises(images.DataError, match=r"cells.tif' .* whole numbers of 8 or 16 bits, got float32 from 0 to 1"):
+        images.read_image(tmp_path / "cells.tif")
+
+
+def test_pictures_are_turned_as_their_camera_noted(tmp_path: Path) -> None:
+    lying = Image.new("RGB", (4, 2))
+    noted = lying.getexif()
+    noted[0x0112] = 6  # orientation: to be turned by a quarter
+    lying.save(tmp_path / "photo.jpg", exif=noted)
+    assert images.read_image(tmp_path / "photo.jpg").size == (2, 4)
+
+
+def test_too_few_pictures_to_hold_some_out_are_refused(picture_folder: Callable[..., Path]) -> None:
+    with pytest.raises(images.DataError, match="must be more images of a class, got 4 of 2 classes"):
+        images.load_images(str(picture_folder("colors", number=2)), images.Preprocessing(8), seed=0)
 
 
 def test_a_class_that_only_the_test_images_have_is_refused(picture_folder: Callable[..., Path]) -> None:

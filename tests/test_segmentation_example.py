@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_beit_segmenter
+from tiny import Tiny, tiny_beit_segmenter
 from transformers import SwinConfig, SwinForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -149,6 +149,33 @@ def test_a_last_batch_of_one_image_is_left_out_and_the_schedule_ends_all_the_sam
     example.Loop(2, 0).train(model, data, 20, (1e-3, 1e-3), "Test")
     assert len(rates) == 20 * 2
     assert rates[-1] < 1e-3 / 100
+
+
+def test_masks_of_another_shape_than_their_images_are_refused(tmp_path: Path) -> None:
+    folder = make_scenes(tmp_path)
+    mask = folder / "train" / "masks" / "0.png"
+    Image.new("L", (16, 16)).save(mask)  # coarser, which will do
+    segmentation.load_folder(folder, 11, None)
+    Image.new("L", (64, 16)).save(mask)
+    with pytest.raises(segmentation.DataError, match=r"its image's shape, got 64 x 16 pixels .* and 32 x 32 in"):
+        segmentation.load_folder(folder, 11, None)
+
+
+def test_pictures_of_one_name_and_masks_of_one_label_are_refused(tmp_path: Path) -> None:
+    folder = make_scenes(tmp_path)
+    for mask in folder.glob("*/masks/*.png"):
+        Image.fromarray(np.array([[0, 255]] * 2, dtype=np.uint8)).resize((32, 32), Image.Resampling.NEAREST).save(mask)
+    with pytest.raises(segmentation.DataError, match="two labels or more, got 0 alone besides 255"):
+        segmentation.load_folder(folder, VOID, None)
+    Image.new("RGB", (32, 32)).save(folder / "train" / "images" / "0.jpg")
+    with pytest.raises(segmentation.DataError, match="must differ in more than their endings"):
+        segmentation.load_folder(folder, VOID, None)
+
+
+def test_a_model_without_segmentation_ends_the_example_with_a_message(tmp_path: Path, vit: Tiny) -> None:
+    vit.model.save_pretrained(tmp_path / "vit")
+    with pytest.raises(SystemExit, match=r"a Swin or one for semantic segmentation, got .*vit'"):
+        example.main(["--model", str(tmp_path / "vit"), "--images", "2", "--output", str(tmp_path / "runs")])
 
 
 def test_a_folder_needs_two_training_images(tmp_path: Path) -> None:

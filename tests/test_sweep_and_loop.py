@@ -431,6 +431,20 @@ def test_the_loop_refuses_to_resume_from_what_is_no_state(
     assert "must be a folder that this script saved" in capsys.readouterr().err
 
 
+def test_the_loop_goes_on_with_the_settings_that_it_began_with(loop: Callable[..., list[str]], tmp_path: Path) -> None:
+    accelerate_loop.main(loop("whole"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match=r"state-2 had seed 0, not 1\. Use the same settings"):
+        accelerate_loop.main(loop("resumed", "--resume", str(tmp_path / "whole/state-2"), "--seed", "1"))
+
+
+@pytest.mark.parametrize("option", ["--trials", "--most-tokens"])
+def test_a_search_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.arguments([option, "0"])
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--accumulate", "--save-every"])
 def test_the_loop_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

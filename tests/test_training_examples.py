@@ -257,6 +257,11 @@ def test_learning_rates_are_the_ones_asked_for() -> None:
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--min-crop", "0"], "--min-crop must be above 0 and at most 1, got 0"),
+        (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--seeds", "0", "0"], "--seeds must be different numbers of at least 0, got 0 0"),
+        (["--learning-rate", "nan"], "--learning-rate: must be above 0, got nan"),
+        (["--head-learning-rate", "-1"], "--head-learning-rate: must be above 0, got -1"),
     ],
 )
 def test_options_out_of_range_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,6 +277,7 @@ def test_options_out_of_range_are_refused(options: list[str], message: str, caps
         (["--model", "nowhere/at-all"], "name or folder of a checkpoint for images, got 'nowhere/at-all'"),
         (["--method", "linear", "--num-tokens", "5"], "for methods with prompts, got --method linear"),
         (["--label-column", "kind"], "must have the column kind, got image, label"),
+        (["--label-column", "image"], "must be two columns, got image for both"),
     ],
 )
 def test_it_says_what_it_expected(
@@ -391,6 +397,32 @@ def test_test_images_of_other_classes_are_refused(kind: Any, monkeypatch: pytest
     )
     with pytest.raises(DataError, match=r"must have the classes \['cat', 'dog'\], got \['owl'"):
         trainer_data.load_data("someone/pets", seed=0, label_column="kind")
+
+
+def test_classes_of_a_folder_that_are_tested_must_be_trained(picture_folder: Callable[..., Path]) -> None:
+    folder = picture_folder("colors", splits=("train", "test"))
+    picture_folder("colors", classes="blue", splits=("test",))
+    with pytest.raises(DataError, match="the classes of its training images, but have blue besides"):
+        trainer_data.load_data(str(folder), seed=0)
+
+
+def test_a_folder_without_classes_is_refused_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "pets").mkdir()
+    for index in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pets" / f"{index}.png")
+    with pytest.raises(DataError, match=r"must hold a folder of images for each class, two or more"):
+        trainer_data.load_data(str(tmp_path), seed=0)
+
+
+def test_a_broken_picture_of_a_data_set_is_named(picture_folder: Callable[..., Path], checkpoint: Path) -> None:
+    folder = picture_folder("colors", number=10)
+    processor = trainer_data.load_image_processor(str(checkpoint))
+    rows = trainer_data.prepared(trainer_data.load_data(str(folder), seed=0)["train"], processor)
+    assert rows[:2]["pixel_values"].shape[:2] == (2, 3)
+    for file in folder.glob("*/*.png"):
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"\d\.png' must be an image, but cannot be read: .*Repair or remove it"):
+        rows[:2]
 
 
 def test_a_fifth_of_each_class_is_held_out_where_there_is_no_test_split(picture_folder: Callable[..., Path]) -> None:

@@ -111,9 +111,8 @@ class AdaptedModel(PreTrainedModel):
         for module in self.base_model.modules():
             if is_quantized(module):  # in eval mode some pack their weights for inference, and give no gradients then
                 module.training = True
-        embeddings = self.get_input_embeddings()
-        if hasattr(embeddings, "neftune_noise_alpha"):  # Trainer was asked for noise on what they give
-            embeddings.training = mode
+            elif hasattr(module, "neftune_noise_alpha"):  # Trainer was asked for noise on what it gives
+                module.training = mode
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
