@@ -43,9 +43,13 @@ class SavableModel(PromptedModel):
             is_main_process: False: writes nothing, and only helps to gather what several processes share.
             state_dict: the module's state dict, gathered from several processes; None: it is as it is here. Given
                 either way, as by ``Trainer``, it makes a checkpoint: of the active adapter alone, with the same
-                weights as ``model.safetensors`` too, where ``Trainer`` looks for them.
+                weights as ``model.safetensors`` too, where ``Trainer`` looks for them; of a model with several
+                adapters under the names of its state dict.
             save_function: taken from scripts that have one, and not used: files are replaced at once.
             card_details: see :meth:`create_or_update_model_card`.
+
+        Raises:
+            CheckpointError: a folder holds a whole model, or ``state_dict`` lacks tensors. Nothing was saved.
         """
         self._check_attached()
         unknown = sorted(card_details.keys() - card.DETAILS)
