@@ -107,6 +107,9 @@ def with_columns(
     missing = [name for name in (image, label) if name not in rows.features]
     if missing:
         raise DataError(f"'{source}' must have the column {missing[0]}, got {', '.join(rows.features)}.")
+    if not isinstance(rows.features[image], ImageFeature) or isinstance(rows.features[label], ImageFeature):
+        kinds = [f"{name} ({type(rows.features[name]).__name__})" for name in (image, label)]
+        raise DataError(f"'{source}' must have a column of images and one of classes, got {' and '.join(kinds)}.")
     rows = rows.select_columns([image, label])
     for old, new in ((image, IMAGE), (label, LABEL)):
         rows = rows if old == new else rows.rename_column(old, new)

@@ -278,6 +278,7 @@ def test_options_out_of_range_are_refused(options: list[str], message: str, caps
         (["--method", "linear", "--num-tokens", "5"], "for methods with prompts, got --method linear"),
         (["--label-column", "kind"], "must have the column kind, got image, label"),
         (["--label-column", "image"], "must be two columns, got image for both"),
+        (["--image-column", "label", "--label-column", "image"], r"got label \(ClassLabel\) and image \(Image\)"),
     ],
 )
 def test_it_says_what_it_expected(
