@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,31 +53,31 @@ def upright(image: Image.Image) -> Image.Image:
     """An image as it is meant to be looked at: turned as its camera noted, in three channels of 8 bits.
 
     Raises:
-        DataError: it has values of no known range.
+        DataError: it has more bits, of which PIL would cut off all above 255.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # PIL itself would cut off all above 255
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise DataError(
-                f"it must have whole numbers of 8 or 16 bits, got {values.dtype} from {values.min():g} to "
-                f"{values.max():g}"
-            )
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    return image.convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        least, most = image.getextrema()
+        raise DataError(
+            f"images must have 8 bits a channel, got mode {image.mode} with values from {least:g} to {most:g}. Convert "
+            "them, scaled by the range that their values can have"
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def read_image(file: Path) -> Image.Image:
-    """An image file as :func:`upright` makes it.
+@contextmanager
+def opened(file: Path) -> Iterator[Image.Image]:
+    """An image file while it is read.
 
     Raises:
         DataError: names the file that cannot be read.
     """
     try:
         with Image.open(file) as image:
-            return upright(image)
-    except (UnidentifiedImageError, OSError, DataError) as error:
+            yield image
+    except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"'{file}' must be an image, but cannot be read: {error}. Repair or remove it.") from error
+    except DataError as error:
+        raise DataError(f"'{file}' cannot be used: {error}.") from error
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -268,7 +269,8 @@ def _from_class_folders(folder: Path, names: tuple[str, ...], preprocessing: Pre
         )
     images, labels = [], []
     for file, label in tqdm(files, desc=f"Reading {folder.name}", unit="image", leave=False):
-        images.append(preprocessing.load(read_image(file)))
+        with opened(file) as image:
+            images.append(preprocessing.load(image))
         labels.append(label)
     return ImageSet(torch.stack(images), torch.tensor(labels), names, preprocessing)
 

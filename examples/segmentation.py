@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from images import SUFFIXES, DataError, read_image
-from PIL import Image
+from images import SUFFIXES, DataError, opened, upright
+from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -54,8 +54,8 @@ def load_folder(
     for split in ("train", "test"):
         pairs = _pairs(folder, split)
         if size is None:
-            first = read_image(pairs[0][0])
-            size = first.height, first.width
+            with opened(pairs[0][0]) as first:
+                size = upright(first).size[::-1]
         images, masks = (torch.stack(both) for both in zip(*(_read(*pair, size) for pair in pairs), strict=True))
         splits.append((images, masks.masked_fill(masks == ignore_index, VOID)))
     if len(splits[0][0]) < 2:
@@ -101,20 +101,28 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 def _read(image_path: Path, mask_path: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """An image and its mask, brought to a size. The mask may be coarser than the image, but not of another shape."""
-    image = read_image(image_path)
-    with Image.open(mask_path) as mask:
+    with opened(image_path) as image:
+        width, height, turn = image.width, image.height, _turn(image)
+        resized = upright(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    with opened(mask_path) as mask:
         if mask.mode not in ("L", "P"):
+            raise DataError(f"a mask must have one channel with labels from 0 to 254, got mode {mask.mode}")
+        if abs(width * mask.height - height * mask.width) > max(width, height):  # more than a pixel's rounding
             raise DataError(
-                f"A mask must have one channel with labels from 0 to 254, got mode {mask.mode} in '{mask_path}'."
+                f"a mask must be of its image's shape, got {mask.width} x {mask.height} pixels for {width} x {height} "
+                f"in '{image_path}'"
             )
-        if image.width * mask.height != image.height * mask.width:
+        if _turn(mask) != turn:
             raise DataError(
-                f"A mask must be of its image's shape, got {mask.width} x {mask.height} pixels in '{mask_path}' and "
-                f"{image.width} x {image.height} in '{image_path}', turned as its camera noted."
+                f"a mask must be turned as its image, got orientation {_turn(mask)} and {turn} in '{image_path}', as "
+                "its camera noted. Save both as they are to be looked at"
             )
-        labels = torch.from_numpy(np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))).long()
-    resized = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1), labels
+        labels = ImageOps.exif_transpose(mask).resize(size[::-1], Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1), torch.from_numpy(np.array(labels)).long()
+
+
+def _turn(image: Image.Image) -> int:
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _label_names(folder: Path, number: int) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from trainer_tools import (
     quieted,
     training_arguments,
 )
-from training import METHODS, Method, Settings, above_zero, be_quiet, check_least, load_backbone
+from training import METHODS, Method, Settings, be_quiet, check_least, learning_rate, load_backbone
 from transformers import Trainer
 
 from vpt_peft import VPTError, adamw, get_vpt_model
@@ -50,8 +50,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="vpt-deep", help="default: %(default)s")
     add("--num-tokens", type=int, help="prompt length, in place of the method's own")
     add("--accumulate", type=int, default=1, metavar="N", help="an optimizer's step every N batches (default: 1)")
-    add("--learning-rate", type=above_zero, help="in place of the method's own")
-    add("--head-learning-rate", type=above_zero, help="in place of its own (default: --learning-rate, if given)")
+    add("--learning-rate", type=learning_rate, help="in place of the method's own")
+    add("--head-learning-rate", type=learning_rate, help="in place of its own (default: --learning-rate, if given)")
     add("--weight-decay", type=float, default=Settings.weight_decay, help="default: %(default)s")
     add("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
     add("--keep-best", action="store_true", help="keep the epoch that was best on a tenth of the training images")

@@ -23,7 +23,7 @@ from images import HALF, DataError, mean_and_std, normalised
 from segmentation import Scores, SegmentationSet, digit_scenes, load_folder, picture, score
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import DEVICE, above_zero, be_quiet, check_least, table
+from training import DEVICE, be_quiet, check_least, learning_rate, table
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
@@ -216,9 +216,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--flip", action="store_true", help="mirror half of the batches; only where mirrored images keep their labels")
     add("--epochs", type=int, default=15, help="default: %(default)s")
     add("--batch-size", type=int, default=8, help="default: %(default)s")
-    add("--head-rate", type=above_zero, default=3e-3, help="learning rate of decode heads (default: %(default)s)")
-    add("--prompt-rate", type=above_zero, default=3e-3, help="learning rate of prompts (default: %(default)s)")
-    add("--full-rate", type=above_zero, default=3e-4, help="learning rate of full fine-tuning (default: %(default)s)")
+    add("--head-rate", type=learning_rate, default=3e-3, help="learning rate of decode heads (default: %(default)s)")
+    add("--prompt-rate", type=learning_rate, default=3e-3, help="learning rate of prompts (default: %(default)s)")
+    add("--full-rate", type=learning_rate, default=3e-4, help="of full fine-tuning (default: %(default)s)")
     add("--pretraining-epochs", type=int, default=8, help="default: %(default)s")
     add("--pretraining-images", type=int, default=400, help="default: %(default)s")
     add("--images", type=int, default=100, help="digit scenes to train on, and as many to test on (default: 100)")

@@ -134,9 +134,10 @@ def _check_classes(source: str, known: list[str], fits: bool, found: list[str]) 
 
 def _check_trained(source: str, train: Dataset, test: Dataset) -> None:
     """Raises DataError for classes that are tested and not trained, which a folder's splits are not asked about."""
-    unknown = sorted(set(test.unique(LABEL)) - set(train.unique(LABEL)))
+    unknown = set(test.unique(LABEL)) - set(train.unique(LABEL))
     if unknown:
-        names = [train.features[LABEL].names[label] if label >= 0 else str(label) for label in unknown]
+        known = dict(enumerate(train.features[LABEL].names))
+        names = sorted(str(known.get(label, label)) for label in unknown)
         raise DataError(
             f"The test images of '{source}' must have the classes of its training images, but have {', '.join(names)} "
             "besides."
@@ -179,29 +180,33 @@ def prepared(rows: Dataset, processor: Any, augmentation: RandomCropAndFlip | No
     Args:
         augmentation: in place of the processor's own resizing and cropping, for training.
     """
-    stored = rows.cast_column(IMAGE, ImageFeature(decode=False))
-    return stored.with_transform(_Transform(processor, augmentation))
+    mode = rows.features[IMAGE].mode
+    stored = rows.cast_column(IMAGE, ImageFeature(mode, decode=False))
+    return stored.with_transform(_Transform(processor, augmentation, ImageFeature(mode)))
 
 
 class _Transform:
     """A batch of rows to what a model reads; a class, so that worker processes can be sent it."""
 
-    def __init__(self, processor: Any, augmentation: Callable[[Image.Image], Image.Image] | None) -> None:
-        self.processor, self.augmentation = processor, augmentation
+    def __init__(
+        self, processor: Any, augmentation: Callable[[Image.Image], Image.Image] | None, feature: ImageFeature
+    ) -> None:
+        self.processor, self.augmentation, self.feature = processor, augmentation, feature
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [_decoded(stored) for stored in rows[IMAGE]]
+        pictures = [self._decoded(stored) for stored in rows[IMAGE]]
         kwargs = {"return_tensors": "pt"}
         if self.augmentation is not None:
             pictures = [self.augmentation(picture) for picture in pictures]
             kwargs |= {"do_resize": False, "do_center_crop": False}
         return {"pixel_values": self.processor(pictures, **kwargs)["pixel_values"], "labels": rows[LABEL]}
 
-
-def _decoded(stored: dict[str, Any]) -> Image.Image:
-    """An image as a data set stores it, decoded by the data set's own means."""
-    try:
-        return upright(ImageFeature().decode_example(stored))
-    except (OSError, DataError) as error:
+    def _decoded(self, stored: dict[str, Any]) -> Image.Image:
+        """An image as the data set stores it, decoded by the data set's own means."""
         place = f"'{stored['path']}'" if stored["path"] else "An image of the data set"
-        raise DataError(f"{place} must be an image, but cannot be read: {error}. Repair or remove it.") from error
+        try:
+            return upright(self.feature.decode_example(stored))
+        except DataError as error:
+            raise DataError(f"{place} cannot be used: {error}.") from error
+        except OSError as error:
+            raise DataError(f"{place} must be an image, but cannot be read: {error}. Repair or remove it.") from error

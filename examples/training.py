@@ -240,11 +240,11 @@ def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **lea
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}.")
 
 
-def above_zero(text: str) -> float:
-    """A number of the command line that must be finite and above 0, such as a learning rate."""
+def learning_rate(text: str) -> float:
+    """A learning rate of the command line."""
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
     return value
 
 

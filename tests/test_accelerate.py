@@ -83,6 +83,8 @@ def test_a_compiled_model_is_saved_likewise(vit: Tiny, tmp_path: Path) -> None:
     assert all(name.startswith("_orig_mod.") for name in given) and isinstance(unwrapped, VPTModel)
     unwrapped.save_pretrained(tmp_path, state_dict=given)
     assert_same(state(VPTModel.from_pretrained(tiny_vit().model, tmp_path)), state(unwrapped))
+    accelerator.save_state(str(tmp_path / "state"))
+    unwrapped.save_pretrained(tmp_path / "state")  # which holds no model
     other = tiny_vit().prompted()
     other.load_state_dict(given)
     assert_same(state(other), state(unwrapped))

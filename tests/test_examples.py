@@ -156,14 +156,12 @@ def test_a_broken_picture_is_named(picture_folder: Callable[..., Path]) -> None:
         images.load_images(str(folder), images.Preprocessing(8), seed=0)
 
 
-def test_pictures_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
-    shades = np.array([[0, 3000], [30000, 65535]], dtype=np.uint16)
-    Image.fromarray(shades).save(tmp_path / "cells.png")
-    seen = np.array(images.read_image(tmp_path / "cells.png"))
-    assert seen.shape == (2, 2, 3) and seen[..., 0].tolist() == [[0, 12], [117, 255]]
-    Image.fromarray(shades.astype(np.float32) / 65535).save(tmp_path / "cells.tif")
-    with pytest.raises(images.DataError, match=r"cells.tif' .* whole numbers of 8 or 16 bits, got float32 from 0 to 1"):
-        images.read_image(tmp_path / "cells.tif")
+@pytest.mark.parametrize(("kind", "mode"), [("uint16", "I;16"), ("float32", "F")])
+def test_pictures_of_more_than_8_bits_are_refused(kind: str, mode: str, picture_folder: Callable[..., Path]) -> None:
+    folder = picture_folder("colors")
+    Image.fromarray(np.array([[0, 3000], [30000, 5]], dtype=kind)).save(folder / "red" / "cells.tif")
+    with pytest.raises(images.DataError, match=rf"cells.tif' cannot be used: .* got mode {mode} .* from 0 to 30000"):
+        images.load_images(str(folder), images.Preprocessing(8), seed=0)
 
 
 def test_pictures_are_turned_as_their_camera_noted(tmp_path: Path) -> None:
@@ -171,7 +169,8 @@ def test_pictures_are_turned_as_their_camera_noted(tmp_path: Path) -> None:
     noted = lying.getexif()
     noted[0x0112] = 6  # orientation: to be turned by a quarter
     lying.save(tmp_path / "photo.jpg", exif=noted)
-    assert images.read_image(tmp_path / "photo.jpg").size == (2, 4)
+    with images.opened(tmp_path / "photo.jpg") as photo:
+        assert images.upright(photo).size == (2, 4)
 
 
 def test_too_few_pictures_to_hold_some_out_are_refused(picture_folder: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny import Tiny, tiny_beit_segmenter
 from transformers import SwinConfig, SwinForImageClassification
 
@@ -154,11 +154,34 @@ def test_a_last_batch_of_one_image_is_left_out_and_the_schedule_ends_all_the_sam
 def test_masks_of_another_shape_than_their_images_are_refused(tmp_path: Path) -> None:
     folder = make_scenes(tmp_path)
     mask = folder / "train" / "masks" / "0.png"
-    Image.new("L", (16, 16)).save(mask)  # coarser, which will do
+    Image.new("L", (16, 15)).save(mask)  # half, but for rounding, which will do
     segmentation.load_folder(folder, 11, None)
     Image.new("L", (64, 16)).save(mask)
-    with pytest.raises(segmentation.DataError, match=r"its image's shape, got 64 x 16 pixels .* and 32 x 32 in"):
+    with pytest.raises(segmentation.DataError, match=r"masks.0\.png' .* shape, got 64 x 16 pixels for 32 x 32 in"):
         segmentation.load_folder(folder, 11, None)
+    Image.new("L", (32, 32)).save(mask)
+    for kind in ("masks", "images"):
+        file = folder / "train" / kind / "0.png"
+        file.write_bytes(file.read_bytes()[:45])
+        with pytest.raises(segmentation.DataError, match=rf"{kind}.0\.png' must be an image"):
+            segmentation.load_folder(folder, 11, (32, 32))
+
+
+def test_a_mask_is_turned_as_its_image(tmp_path: Path) -> None:
+    folder = make_scenes(tmp_path)
+    plain, _ = segmentation.load_folder(folder, 11, None)
+    noted = Image.Exif()
+    noted[ExifTags.Base.Orientation] = 3  # to be turned by half
+    for kind in ("images", "masks"):
+        file = folder / "train" / kind / "0.png"
+        Image.open(file).save(file, exif=noted)
+        if kind == "images":
+            with pytest.raises(segmentation.DataError, match=r"masks.0\.png' .* got orientation 1 and 3 in .*images.0"):
+                segmentation.load_folder(folder, 11, None)
+    turned, _ = segmentation.load_folder(folder, 11, None)
+    assert torch.equal(turned.images[0], plain.images[0].flip(-1, -2))
+    assert torch.equal(turned.masks[0], plain.masks[0].flip(-1, -2))
+    assert not torch.equal(turned.masks[0], plain.masks[0])
 
 
 def test_pictures_of_one_name_and_masks_of_one_label_are_refused(tmp_path: Path) -> None:

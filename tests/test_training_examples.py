@@ -260,8 +260,8 @@ def test_learning_rates_are_the_ones_asked_for() -> None:
         (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--seeds", "0", "0"], "--seeds must be different numbers of at least 0, got 0 0"),
-        (["--learning-rate", "nan"], "--learning-rate: must be above 0, got nan"),
-        (["--head-learning-rate", "-1"], "--head-learning-rate: must be above 0, got -1"),
+        (["--learning-rate", "nan"], "--learning-rate: must be a number of at least 0, got nan"),
+        (["--head-learning-rate", "-1"], "--head-learning-rate: must be a number of at least 0, got -1"),
     ],
 )
 def test_options_out_of_range_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,6 +420,11 @@ def test_a_broken_picture_of_a_data_set_is_named(picture_folder: Callable[..., P
     processor = trainer_data.load_image_processor(str(checkpoint))
     rows = trainer_data.prepared(trainer_data.load_data(str(folder), seed=0)["train"], processor)
     assert rows[:2]["pixel_values"].shape[:2] == (2, 3)
+    gray = rows.cast_column("image", ImageFeature(mode="L")).with_format(None)
+    seen = trainer_data.prepared(gray, trainer_data.load_image_processor(str(checkpoint)))[0]["pixel_values"]
+    spread = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    bytes_seen = seen * spread[0] + spread[1]
+    torch.testing.assert_close(bytes_seen, bytes_seen[:1].expand_as(bytes_seen))  # as gray as the data set asks
     for file in folder.glob("*/*.png"):
         file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(DataError, match=r"\d\.png' must be an image, but cannot be read: .*Repair or remove it"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,16 +15,15 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .backbones import Backbone
-from .errors import CheckpointError, shown
+from .errors import CheckpointError, listed, shown
 from .files import locked, replace
 from .folder import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, Saved, open_folder
-from .state import load_state_dict, misfits, refuse, shapes_of
+from .state import COMPILED, load_state_dict, misfits, refuse, shapes_of
 from .weights import digest, open_weights, pack
 
 TRAINER_WEIGHTS_NAME = "model.safetensors"
-MODEL_WEIGHTS_NAMES = (
-    TRAINER_WEIGHTS_NAME, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
+MAX_LISTED = 5
+MODEL_WEIGHTS = re.compile(r"((pytorch_|tf_|flax_)?model)([.-].*)?\.(safetensors|bin|h5|msgpack)(\.index\..*json)?")
 
 
 # -- saving ---------------------------------------------------------------------------------------------------------
@@ -100,11 +100,12 @@ def check_place(folder: Path) -> None:
 
     A checkpoint would replace its weights, and transformers, where PEFT is installed, would take it for an adapter.
     """
-    found = [name for name in MODEL_WEIGHTS_NAMES if (folder / name).exists()]
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    found = [name for name in names if MODEL_WEIGHTS.fullmatch(name)]
     if found and not (found == [TRAINER_WEIGHTS_NAME] and _holds_adapters(folder / TRAINER_WEIGHTS_NAME)):
         raise CheckpointError(
-            f"An adapter needs a folder of its own, but '{folder}' holds a model ({', '.join(found)}), which could "
-            "not be loaded any more. Choose another folder. Nothing was saved."
+            f"An adapter needs a folder of its own, but '{folder}' holds a model ({listed(found, MAX_LISTED)}), which "
+            "could not be loaded any more. Choose another folder. Nothing was saved."
         )
 
 
@@ -112,7 +113,8 @@ def _holds_adapters(file: Path) -> bool:
     """Whether a file is a checkpoint's, or a state that accelerate has saved, and not a model."""
     try:
         with open_weights(file) as weights:
-            return weights.config is not None or all(name.startswith("adapters.") for name in weights.shapes)
+            names = [name.removeprefix(COMPILED) for name in weights.shapes]
+            return weights.config is not None or all(name.startswith("adapters.") for name in names)
     except CheckpointError:
         return False
 

@@ -187,9 +187,7 @@ class AdaptedModel(PreTrainedModel):
                 f"stays as it was. To go on from a checkpoint, call set_adapter({min(spoken_of)!r}) before training.",
                 stacklevel=3,
             )
-        result = super().load_state_dict(given, strict, assign)
-        result.missing_keys[:] = [name for name in result.missing_keys if name.split(".")[1] in spoken_of]
-        return result
+        return super().load_state_dict(given, strict, assign)
 
     # -- activation checkpointing -----------------------------------------------------------------------------------
 
@@ -224,7 +222,7 @@ def _refuse_backbone(module: AdaptedModel, state_dict: dict[str, Any], prefix: s
     base, prefix = module.base_model, f"{prefix}base_model."
     own = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     theirs = [name for name in state_dict if name.startswith(prefix)]
-    others = [name for name in theirs if state_dict[name] is not own.get(name.removeprefix(prefix))]
+    others = [name for name in theirs if not _is_same(state_dict[name], own.get(name.removeprefix(prefix)))]
     if others:
         raise CheckpointError(
             f"Expected tensors of adapters, got {len(others)} of the backbone, such as {others[0]}. The backbone "
@@ -232,6 +230,13 @@ def _refuse_backbone(module: AdaptedModel, state_dict: dict[str, Any], prefix: s
         )
     for name in theirs:
         del state_dict[name]
+
+
+def _is_same(given: Any, own: torch.Tensor | None) -> bool:
+    if given is own or own is None or not isinstance(given, torch.Tensor):
+        return given is own
+    one, other = ((tensor.shape, tensor.dtype, tensor.device) for tensor in (given, own))
+    return one == other and torch.equal(given, own)
 
 
 def _expect_no_backbone(module: nn.Module, incompatible: Any) -> None:

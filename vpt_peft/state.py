@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapter import Adapter
-from .errors import AdapterError, CheckpointError, listed
+from .errors import AdapterError, CheckpointError, listed, shown
 
 MAX_LISTED = 1000
 MAX_ALONE = 2**14
@@ -48,7 +49,11 @@ def places(adapter: Adapter, prefix: str) -> dict[str, str]:
 def unwrapped(module_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of a module, or of what ``torch.compile`` made of it, under the names that the module gives."""
     _check_mapping(module_state)
-    return {name.removeprefix(COMPILED): tensor for name, tensor in module_state.items()}
+    names = OrderedDict((name.removeprefix(COMPILED), tensor) for name, tensor in module_state.items())
+    if hasattr(module_state, "_metadata"):  # versions of modules' states, such as batch norms'
+        metadata = {name.removeprefix(COMPILED): versions for name, versions in module_state._metadata.items()}
+        names._metadata = metadata  # type: ignore[attr-defined]
+    return names
 
 
 def translate(adapter: Adapter, prefix: str, module_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,6 +147,9 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
 def _check_mapping(tensors: object) -> None:
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"Expected a state dict, a dict of tensors by name, got {type(tensors).__name__}.")
+    other = next((name for name in tensors if not isinstance(name, str)), None)
+    if other is not None:
+        raise CheckpointError(f"Expected a state dict, a dict of tensors by name, got the name {shown(other)}.")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
