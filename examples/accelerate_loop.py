@@ -22,15 +22,16 @@ import digits
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from images import DataError, ImageSet, Preprocessing, augment, load_images, public_name
+from images import DataError, ImageSet, Preprocessing, augment, load_images
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
-from trainer_tools import check_same_settings
+from trainer_tools import check_same_settings, chosen
 from training import METHODS, Settings, be_quiet, check_least, learning_rate_factor, load_backbone
 
 from vpt_peft import VPTError, get_vpt_model, parameter_groups
 
 METHOD = METHODS["vpt-deep"]
+KEPT = ("model", "data", "epochs", "batch_size", "accumulate", "seed")  # what a run must not change when it goes on
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -87,7 +88,7 @@ def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageS
     done = 0
     if args.resume:
         begun = json.loads((args.resume / "epoch.json").read_text())
-        check_same_settings(f"The run of {args.resume}", begun, settings_of(args))  # seeds draw the test images
+        check_same_settings(f"The run of {args.resume}", begun, chosen(args, KEPT))  # seeds draw the test images
         accelerator.load_state(str(args.resume))
         done = begun["epoch"]
     bar = tqdm(total=steps, initial=schedule.last_epoch, disable=not accelerator.is_main_process, unit="step")
@@ -105,17 +106,11 @@ def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageS
                     bar.update()
                 optimizer.zero_grad()
         if (epoch + 1) % args.save_every == 0:
-            save_state(accelerator, args.output / f"state-{epoch + 1}", {"epoch": epoch + 1, **settings_of(args)})
+            save_state(accelerator, args.output / f"state-{epoch + 1}", {"epoch": epoch + 1, **chosen(args, KEPT)})
         accuracy = test(accelerator, vpt, tests, images)
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.1f} %")
     bar.close()
     return accelerator.unwrap_model(vpt), test(accelerator, vpt, tests, images)
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run must not change when it goes on."""
-    names = {name: getattr(args, name) and public_name(getattr(args, name)) for name in ("model", "data")}
-    return {**names, **{name: getattr(args, name) for name in ("epochs", "batch_size", "accumulate", "seed")}}
 
 
 def save_state(accelerator: Accelerator, folder: Path, begun: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, file_exists, try_to_load_from_cache
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -65,19 +65,25 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
-    """An image file while it is read.
+def reading(name: str) -> Iterator[None]:
+    """While an image is read: what is wrong with it is told with its name.
 
     Raises:
-        DataError: names the file that cannot be read.
+        DataError: it cannot be read or used.
     """
     try:
-        with Image.open(file) as image:
-            yield image
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"'{file}' must be an image, but cannot be read: {error}. Repair or remove it.") from error
+        yield
+    except OSError as error:
+        raise DataError(f"{name} must be an image, but cannot be read: {error}. Repair or remove it.") from error
     except DataError as error:
-        raise DataError(f"'{file}' cannot be used: {error}.") from error
+        raise DataError(f"{name} cannot be used: {error}.") from error
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Image.Image]:
+    """An image file, :func:`reading` it."""
+    with reading(f"'{file}'"), Image.open(file) as image:
+        yield image
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

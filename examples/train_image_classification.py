@@ -23,7 +23,7 @@ from pathlib import Path
 import digits
 from accelerate import PartialState
 from classification_output import Report, Run
-from images import DataError, public_name
+from images import DataError
 from trainer_data import DatasetDict, split
 from trainer_task import Task, add_options, complete
 from trainer_tools import (
@@ -31,6 +31,7 @@ from trainer_tools import (
     Pace,
     accuracy_of,
     check_same_settings,
+    chosen,
     last_checkpoint,
     peak_memory,
     quieted,
@@ -75,8 +76,7 @@ def check_settings(args: argparse.Namespace, task: Task) -> None:
     """A run goes on with the settings that it began with; they are kept beside it."""
     left_out = ("seeds", "resume", "workers", "push_to_hub", "private", "output")
     file = args.output / "settings.json"
-    ours = {name: value for name, value in vars(args).items() if name not in left_out}
-    ours |= {name: ours[name] and public_name(ours[name]) for name in ("model", "data")}
+    ours = chosen(args, [name for name in vars(args) if name not in left_out])
     ours |= {"first seed": args.seeds[0], **task.contents}  # that seed draws which images are left out for testing
     state = PartialState()
     with state.main_process_first():

@@ -199,19 +199,13 @@ def show(results: dict[str, Result], label_names: Sequence[str]) -> None:
     print(f"\n{table(rows)}\n\n{table(each)}\n")
 
 
-def pixels(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", help="a Swin, BEiT or UperNet checkpoint, by name or folder (default: a small one, pretrained here)")
     add("--data", type=Path, help="a folder with images and masks (default: scenes with digits)")
     add("--ignore-index", type=int, default=255, help="the masks' value for pixels without label (default: 255)")
-    add("--size", type=pixels, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of all images (default: the first's)")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of all images (default: the first's)")
     add("--method", nargs="+", choices=METHODS, default=["linear", "vpt-shallow", "vpt-deep"], help="one or several")
     add("--flip", action="store_true", help="mirror half of the batches; only where mirrored images keep their labels")
     add("--epochs", type=int, default=15, help="default: %(default)s")
@@ -225,7 +219,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
     add("--output", type=Path, default=Path("runs", "segmentation"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    check_least(parser, args, epochs=1, pretraining_epochs=1, seed=0)
+    check_least(parser, args, epochs=1, pretraining_epochs=1, size=1, seed=0)
     check_least(parser, args, batch_size=2, images=2, pretraining_images=2)  # decode heads have batch norms
     return args
 

@@ -11,7 +11,7 @@ import transformers
 from augmentation import RandomCropAndFlip
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from images import TEST_SPLITS, DataError, ImageSet, image_size_of, processor_settings, upright
+from images import TEST_SPLITS, DataError, ImageSet, image_size_of, processor_settings, reading, upright
 from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
@@ -203,10 +203,5 @@ class _Transform:
 
     def _decoded(self, stored: dict[str, Any]) -> Image.Image:
         """An image as the data set stores it, decoded by the data set's own means."""
-        place = f"'{stored['path']}'" if stored["path"] else "An image of the data set"
-        try:
+        with reading(f"'{stored['path']}'" if stored["path"] else "An image of the data set"):
             return upright(self.feature.decode_example(stored))
-        except DataError as error:
-            raise DataError(f"{place} cannot be used: {error}.") from error
-        except OSError as error:
-            raise DataError(f"{place} must be an image, but cannot be read: {error}. Repair or remove it.") from error

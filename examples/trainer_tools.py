@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from images import DataError
+from images import DataError, public_name
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -44,6 +45,12 @@ def training_arguments(kind: Any = TrainingArguments, **values: Any) -> Any:
         "fp16": precision == "fp16",
     }
     return kind(**{**common, **values})
+
+
+def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """What options were set to; of a folder of a model or of data the name, not where it lies on this machine."""
+    values = {name: getattr(args, name) for name in names}
+    return values | {name: values[name] and public_name(values[name]) for name in ("model", "data")}
 
 
 def check_same_settings(holder: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

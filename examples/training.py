@@ -234,10 +234,13 @@ def tune(
 
 
 def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Ends the program with a message if an option is below its least value."""
+    """Ends the program with a message if an option, or one of its values, is below its least; None is left out."""
     for name, value in least.items():
-        if getattr(args, name) < value:
-            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}.")
+        given = getattr(args, name)
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        if any(one < value for one in values):
+            shown = " ".join(map(str, values))
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {shown}.")
 
 
 def learning_rate(text: str) -> float:

@@ -219,6 +219,12 @@ def test_too_little_to_train_on_is_refused(option: str, least: int, capsys: pyte
     assert f"{option} must be at least {least}, got {least - 1}" in capsys.readouterr().err
 
 
+def test_a_size_without_pixels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example.main(["--size", "32", "0"])
+    assert "--size must be at least 1, got 32 0" in capsys.readouterr().err
+
+
 def test_wrong_data_ends_the_example_with_a_message(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="found neither"):
         example.main(["--data", str(tmp_path), "--output", str(tmp_path / "runs")])

@@ -421,7 +421,7 @@ def test_a_broken_picture_of_a_data_set_is_named(picture_folder: Callable[..., P
     rows = trainer_data.prepared(trainer_data.load_data(str(folder), seed=0)["train"], processor)
     assert rows[:2]["pixel_values"].shape[:2] == (2, 3)
     gray = rows.cast_column("image", ImageFeature(mode="L")).with_format(None)
-    seen = trainer_data.prepared(gray, trainer_data.load_image_processor(str(checkpoint)))[0]["pixel_values"]
+    seen = trainer_data.prepared(gray, processor)[0]["pixel_values"]
     spread = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     bytes_seen = seen * spread[0] + spread[1]
     torch.testing.assert_close(bytes_seen, bytes_seen[:1].expand_as(bytes_seen))  # as gray as the data set asks

@@ -68,16 +68,18 @@ def link(folder: Path, checkpoint: Path, names: Mapping[str, str] | None = None)
     Args:
         names: ``{name: other name}`` of the tensors there, which takes the space; None: they keep their names.
     """
-    with locked(checkpoint), tempfile.TemporaryDirectory(dir=checkpoint, prefix=".saving-") as temporary:
-        file = Path(temporary) / TRAINER_WEIGHTS_NAME
-        try:
-            if names is not None:
-                file.write_bytes(_renamed(folder / WEIGHTS_NAME, names))
-            else:
-                os.link(folder / WEIGHTS_NAME, file)
-        except OSError:
-            shutil.copyfile(folder / WEIGHTS_NAME, file)
-        os.replace(file, checkpoint / TRAINER_WEIGHTS_NAME)
+    source, target = folder / WEIGHTS_NAME, checkpoint / TRAINER_WEIGHTS_NAME
+    with locked(checkpoint):
+        if names is not None:
+            replace(target, _renamed(source, names))
+            return
+        with tempfile.TemporaryDirectory(dir=checkpoint, prefix=".saving-") as temporary:
+            file = Path(temporary) / TRAINER_WEIGHTS_NAME
+            try:
+                os.link(source, file)
+            except OSError:
+                shutil.copyfile(source, file)
+            os.replace(file, target)
 
 
 def _renamed(file: Path, names: Mapping[str, str]) -> bytes:

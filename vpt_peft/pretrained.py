@@ -220,8 +220,10 @@ class AdaptedModel(PreTrainedModel):
 def _refuse_backbone(module: AdaptedModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Takes the backbone's own tensors out of a state dict, to which torch's tools add them, and refuses others."""
     base, prefix = module.base_model, f"{prefix}base_model."
-    own = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     theirs = [name for name in state_dict if name.startswith(prefix)]
+    if not theirs:
+        return
+    own = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     others = [name for name in theirs if not _is_same(state_dict[name], own.get(name.removeprefix(prefix)))]
     if others:
         raise CheckpointError(

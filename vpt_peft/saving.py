@@ -65,7 +65,10 @@ class SavableModel(PromptedModel):
             names = [self._active_adapter]
         if not names:
             raise AdapterError(f"selected_adapters must name some of {', '.join(self.adapters)}, got none.")
-        for place in [Path(save_directory)] * is_checkpoint + [_folder(save_directory, name) for name in names]:
+        places = {_folder(save_directory, name) for name in names}
+        if is_checkpoint:
+            places.add(Path(save_directory))
+        for place in sorted(places):
             checkpoint.check_place(place)  # in every process, since what follows may need them all
         for name in names:
             adapter = self._adapters[name]
