@@ -1,11 +1,11 @@
-# make quickstart    set up .venv and run the first example
+# make quickstart    create .venv and run the quickstart example
 # make test          lint, type check and tests
-# make test-oldest   the tests with the oldest supported torch, transformers, huggingface_hub and safetensors
-# make package       build the wheel, install it into a clean environment and try it there
-# make clean         remove everything that these made
-# make format        put the code into the form that `make test` asks for
+# make test-oldest   tests with the oldest supported torch, transformers, huggingface_hub and safetensors
+# make package       build the wheel and test it in a clean environment
+# make clean         remove environments, builds and caches
+# make format        apply the fixes and the formatting that `make test` checks
 #
-# Variables: PYTHON, the interpreter to use (3.10 or later); WORKERS, how many tests run at a time.
+# Variables: PYTHON, the interpreter (3.10 or later); WORKERS, the number of parallel test processes.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -14,7 +14,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 CLEAN := .venv-package
 
-# One thread for each worker: tiny models gain nothing from more, and workers would fight over the cores.
+# One thread per worker: more are no faster for tiny models, and workers would compete for cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help setup quickstart test lint format types tests test-oldest package clean
@@ -58,7 +58,7 @@ clean:
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A set-up is done again when what it installs has changed.
+# An environment is updated when the requirements have changed.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints/current.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints/current.txt -e '.[dev,test]'

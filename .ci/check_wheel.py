@@ -1,4 +1,4 @@
-"""Tries the installed wheel: run by ``make package`` in an environment that holds nothing else."""
+"""Smoke test of the installed wheel, run by ``make package`` in an environment without other packages."""
 
 import importlib.util
 import tempfile
@@ -13,12 +13,12 @@ import vpt_peft
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 
 folder = Path(vpt_peft.__file__).parent
-assert "site-packages" in folder.parts, f"vpt_peft must come from the wheel, got {folder}"
-assert version("vpt-peft") == vpt_peft.__version__, f"{version('vpt-peft')} is not {vpt_peft.__version__}"
-for name in ("py.typed", "card_template.md"):
-    assert files("vpt_peft").joinpath(name).is_file(), f"the wheel lacks {name}"
+assert "site-packages" in folder.parts, f"expected vpt_peft from the wheel, got {folder}"
+assert version("vpt-peft") == vpt_peft.__version__, f"the metadata has version {version('vpt-peft')}"
+for name in ("py.typed", "hub/card_template.md"):
+    assert files("vpt_peft").joinpath(name).is_file(), f"{name} is missing in the wheel"
 for name in ("pytest", "sklearn", "PIL"):
-    assert importlib.util.find_spec(name) is None, f"{name} must not be needed, but is installed"
+    assert importlib.util.find_spec(name) is None, f"{name} is installed, but must not be a dependency"
 
 
 def backbone() -> ViTForImageClassification:
@@ -31,6 +31,6 @@ pixels = torch.rand(2, 3, 16, 16)
 vpt = get_vpt_model(backbone(), PromptConfig(num_tokens=3)).eval()
 with tempfile.TemporaryDirectory() as saved, torch.no_grad():
     vpt.save_pretrained(saved)
-    again = VPTModel.from_pretrained(backbone(), saved)
-    assert torch.equal(vpt(pixels).logits, again(pixels).logits)
-print(f"vpt_peft {vpt_peft.__version__} works from its wheel, with torch {torch.__version__}")
+    reloaded = VPTModel.from_pretrained(backbone(), saved)
+    assert torch.equal(vpt(pixels).logits, reloaded(pixels).logits)
+print(f"The wheel of vpt_peft {vpt_peft.__version__} works with torch {torch.__version__}.")

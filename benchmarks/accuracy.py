@@ -1,12 +1,13 @@
-"""Accuracy of a linear head, BitFit, LoRA, VPT-Shallow, VPT-Deep and full fine-tuning on small image sets, as a table.
+"""Test accuracy of a linear head, BitFit, LoRA, VPT-Shallow, VPT-Deep and full fine-tuning on small datasets.
 
     python benchmarks/accuracy.py --model google/vit-base-patch16-224-in21k --data flowers scenes --output flowers.json
-    python benchmarks/accuracy.py --backbone swin       # a small Swin, pretrained on the spot on handwritten digits
+    python benchmarks/accuracy.py --backbone swin       # a small Swin, pretrained on digits
 
-Each method has one default setting for all image sets. ``--sweep`` tries others, listed in ``settings.py``, with
-``--validation``, which tests on a fifth of the training images and leaves the test images alone; ``--tuned-by`` its
-output then adds runs with the setting that did best there on each image set. Each finished run is written to the output
-at once, and ``--resume`` leaves out what is there; ``--report`` trains nothing. ``--readme`` puts tables into a text.
+Each method has one default setting for all datasets. ``--sweep`` runs the grid of ``settings.py`` with
+``--validation``: a fifth of the training images is held out, and the test images are not used. ``--tuned-by``, given
+the output of the sweep, adds runs with the best setting for each dataset. Each finished run is written to the output
+immediately; ``--resume`` skips runs that are there, ``--report`` only prints tables, and ``--readme`` inserts them into
+a file.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import digits
-from accuracy_tables import comparison, insert, settings_table, summary, sweep_table
-from images import DataError, ImageSet, Preprocessing, load_images, public_name
-from settings import ALL_METHODS, Run, best, candidates, find, settings_of, variant
-from training import Method, Result, Settings, be_quiet, load_backbone, tune
+from accuracy_tables import comparison, insert_table, settings_table, summary, sweep_table
+from images import DataError, ImageSet, Preprocessing, display_name, load_images
+from settings import ALL_METHODS, Run, best_candidate, candidates, find_runs, settings_of, with_settings
+from training import Method, Result, Settings, load_backbone, silence_transformers, tune
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to tune to what. ``backbone`` is a checkpoint's name or folder; ``model`` and ``data`` are for the table."""
+    """A backbone (name or folder of a checkpoint) and a dataset; ``model`` and ``data`` are their names in tables."""
 
     model: str
     backbone: str
@@ -42,78 +43,87 @@ class Task:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", help="a checkpoint's name on the Hub or its folder; left out, a small one is pretrained on the spot")
-    add("--data", nargs="+", default=[], help="folders of class folders (see examples/quickstart.py), or Hub datasets")
-    add("--backbone", choices=("vit", "swin"), default="vit", help="what to pretrain on the spot (default: vit)")
+    add("--model", help="a checkpoint's name on the Hub or its folder (default: a small one is pretrained on digits)")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        help="folders with class folders (see quickstart.py), or datasets on the Hub",
+    )
+    add("--backbone", choices=("vit", "swin"), default="vit", help="backbone to pretrain on digits (default: vit)")
     add(
         "--image-size",
         type=int,
-        help="pixels to read images at (default: the checkpoint's); positions are interpolated",
+        help="image size in pixels (default: the checkpoint's); position embeddings are interpolated",
     )
-    add("--methods", nargs="+", choices=ALL_METHODS, default=list(ALL_METHODS), help="default: all; lora needs peft")
-    add("--seeds", nargs="+", type=int, default=[0], help="one run each; a seed sets everything that is random")
+    add("--methods", nargs="+", choices=ALL_METHODS, default=list(ALL_METHODS), help="default: all; lora requires peft")
+    add("--seeds", nargs="+", type=int, default=[0], help="one run per seed (default: 0)")
     add("--epochs", type=int, default=Settings.epochs, help="default: %(default)s")
     add("--batch-size", type=int, default=Settings.batch_size, help="default: %(default)s")
     add("--precision", choices=("float32", "bfloat16"), default=Settings.precision, help="default: %(default)s")
-    add("--learning-rate", type=float, help="in place of each method's own")
-    add("--head-learning-rate", type=float, help="in place of each method's own (default: --learning-rate, if given)")
-    add("--num-tokens", type=int, help="prompt length, in place of each method's own")
-    add("--flip", action="store_true", help="mirror half of the images; only where a mirrored image keeps its class")
-    add("--validation", action="store_true", help="train on 80 %% of the training images, test on the other 20 %%")
-    add("--sweep", action="store_true", help="try the settings of benchmarks/settings.py, with --validation")
-    add("--tuned-by", type=Path, help="output of --sweep: run with each image set's best setting besides the defaults")
+    add("--learning-rate", type=float, help="default: each method's")
+    add("--head-learning-rate", type=float, help="default: --learning-rate if given, else each method's")
+    add("--num-tokens", type=int, help="prompt length (default: each method's)")
+    add("--flip", action="store_true", help="random horizontal flips")
+    add("--validation", action="store_true", help="train on 80 %% of the training images, evaluate on the other 20 %%")
+    add("--sweep", action="store_true", help="run the grid of benchmarks/settings.py, with --validation")
+    add("--tuned-by", type=Path, help="output of --sweep: also run the best setting for each dataset")
     add("--output", type=Path, default=Path("runs/accuracy.json"), help="default: %(default)s")
-    add("--resume", action="store_true", help="keep what the output holds and leave out runs that it has")
-    add("--report", action="store_true", help="train nothing: tables of what the output holds")
+    add("--resume", action="store_true", help="keep the runs of the output, and skip them")
+    add("--report", action="store_true", help="no training: print tables of the output's runs")
     add(
-        "--readme", type=Path, help="a text with <!-- accuracy --> and <!-- /accuracy -->, to write tables between them"
+        "--readme",
+        type=Path,
+        help="a file with <!-- accuracy --> and <!-- /accuracy -->, to insert the tables",
     )
-    add("--mark", default="accuracy", help="the name in those marks (default: %(default)s), but for other tables")
+    add("--mark", default="accuracy", help="name in these marks (default: %(default)s)")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
-        parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
+        parser.error("--model and --data must be given together, or neither of them for the handwritten digits.")
     if args.image_size and not args.model:
-        parser.error("--image-size is for --model and --data; the handwritten digits have 32 pixels.")
+        parser.error("--image-size requires --model and --data; the handwritten digits have 32 pixels.")
     if args.sweep and args.tuned_by:
-        parser.error("--sweep comes first; then give its output to --tuned-by.")
+        parser.error(
+            "--sweep and --tuned-by exclude each other: run --sweep first, then pass its output to --tuned-by."
+        )
     if args.mark in ("settings", "sweep") or (args.sweep and args.mark != "accuracy"):
-        parser.error(f"--mark is for tables of accuracy, under a name of their own, got {args.mark}.")
+        parser.error(f"--mark is for tables of accuracy and must not be the mark of another table, got {args.mark}.")
     if args.output.exists() and not args.resume and not args.report:
-        parser.error(f"{args.output} exists. Add --resume to go on with it, or choose another --output.")
+        parser.error(f"{args.output} exists. Add --resume to continue it, or choose another --output.")
     args.validation |= args.sweep
     return args
 
 
 def tasks(args: argparse.Namespace, seed: int, folder: Path) -> Iterator[Task]:
-    """The tasks that the command line asks for; what is pretrained on the spot is kept in ``folder``."""
+    """The tasks of the command line. A backbone that is pretrained is saved in ``folder``."""
     if not args.model:
         digits.pretrain(args.backbone, folder, digits.PRETRAINING_EPOCHS, seed)
         yield Task(f"small {args.backbone}, digits 0-4", str(folder), "digits 5-9", *digits.new_task(seed))
     for data in args.data:
-        images = load_images(data, Preprocessing.of(args.model, args.image_size), seed)
-        yield Task(public_name(args.model), args.model, public_name(data), *images)
+        images = load_images(data, Preprocessing.from_checkpoint(args.model, args.image_size), seed)
+        yield Task(display_name(args.model), args.model, display_name(data), *images)
 
 
 def methods(args: argparse.Namespace, data: str) -> Iterator[tuple[str, Method]]:
-    """The chosen methods with all settings that the command line asks for on an image set."""
+    """The methods with all settings to run on a dataset."""
     for name in args.methods:
-        own = variant(ALL_METHODS[name], args.learning_rate, args.head_learning_rate, args.num_tokens)
-        chosen = candidates(name) if args.sweep else [own]
+        default = with_settings(ALL_METHODS[name], args.learning_rate, args.head_learning_rate, args.num_tokens)
+        variants = candidates(name) if args.sweep else [default]
         if args.tuned_by:
-            chosen.append(best(read(args.tuned_by), name, data))
-        yield from ((name, one) for one in dict.fromkeys(chosen))
+            variants.append(best_candidate(read(args.tuned_by), name, data))
+        yield from ((name, method) for method in dict.fromkeys(variants))
 
 
 def read(output: Path) -> list[Run]:
-    """The runs that an output holds."""
+    """The runs in an output file."""
     return json.loads(output.read_text()) if output.exists() else []
 
 
 def write(output: Path, runs: Sequence[Run]) -> None:
-    """Replaces an output as a whole, so that it is never half a file."""
+    """Replaces an output file atomically."""
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_suffix(".part")
     part.write_text(json.dumps(runs, indent=1) + "\n")
@@ -121,9 +131,9 @@ def write(output: Path, runs: Sequence[Run]) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Run]:
-    """Trains what the command line asks for and the output does not hold yet. Returns the runs that were asked for."""
+    """Trains all requested runs that the output does not contain yet. Returns the requested runs."""
     settings = Settings(args.epochs, args.batch_size, flip=args.flip, precision=args.precision)
-    asked = []
+    requested = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             for task in tasks(args, seed, Path(folder) / "backbone"):
@@ -134,19 +144,19 @@ def run(args: argparse.Namespace) -> list[Run]:
                         **dataclasses.asdict(settings), "image_size": images[0].images.shape[-1],
                         "train_images": len(images[0]), "test_images": len(images[1]), "validation": args.validation,
                     }  # fmt: skip
-                    done = find(read(args.output), key)
+                    done = find_runs(read(args.output), key)
                     if not done and not args.report:
                         print(f"{task.data}, seed {seed}, {settings_of(name, method)}", file=sys.stderr)
                         model = load_backbone(task.backbone, task.train_set.class_names, seed, settings.precision)
                         result = tune(model, method, images, settings, seed, Path(folder) / f"{task.data}-{name}")
-                        done = [key | measured(result)]
-                        write(args.output, read(args.output) + done)  # what another process wrote meanwhile is kept
-                    asked += done
-    return asked
+                        done = [key | result_fields(result)]
+                        write(args.output, read(args.output) + done)  # other processes may have written meanwhile
+                    requested += done
+    return requested
 
 
-def measured(result: Result) -> Run:
-    """What is kept of a result."""
+def result_fields(result: Result) -> Run:
+    """The fields of a result in the output file."""
     return {
         "accuracy": round(result.accuracy, 2), "parameters": result.parameters, "share": round(result.share, 3),
         "bytes": result.size, "seconds": round(result.seconds, 1),
@@ -154,9 +164,9 @@ def measured(result: Result) -> Run:
 
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, str]:
-    """The tables that the command line asks for, each under the mark of its place in a text."""
+    """The requested tables, by the mark of their place in a file."""
     if not runs:
-        raise DataError(f"{args.output} must hold such runs to report on, but has none. Run it without --report first.")
+        raise DataError(f"{args.output} contains none of the requested runs. Run without --report first.")
     if args.sweep:
         return {"sweep": sweep_table(runs)}
     if args.tuned_by:
@@ -167,12 +177,12 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark and prints its table."""
     args = arguments(argv)
-    be_quiet()
+    silence_transformers()
     try:
         tables = report(args, run(args))
         if args.readme:
             for mark, text in tables.items():
-                insert(args.readme, mark, text)
+                insert_table(args.readme, mark, text)
     except DataError as error:
         sys.exit(str(error))
     print("\n\n".join(tables.values()))

@@ -1,11 +1,11 @@
-"""How long a forward pass and a training step take, with prompts by each route and without.
+"""Run time of a forward pass and of a training step, without prompts and with each route for prompts.
 
     python benchmarks/speed.py --backbone vit-b16 swin-t --tokens 1 10 50 100 200
     python benchmarks/speed.py --device cuda --dtype bfloat16 --batch 64 --compile
 
-Weights are random, nothing is downloaded. All variants live in one process and take turns, in a new random order
-each round, so that a noisy or throttled machine slows all of them alike. A ratio is the median over rounds of the
-ratio within a round. Prints a Markdown table; ``--output`` writes JSON with every single time, one report a backbone.
+Weights are random, nothing is downloaded. All variants are interleaved in one process, in random order in each round,
+so that a noisy or throttled machine affects all of them alike. A ratio is the median over rounds of the ratio within a
+round. Prints a Markdown table; ``--output`` writes JSON with all times, one report per backbone.
 """
 
 from __future__ import annotations
@@ -56,25 +56,30 @@ COLUMNS = {
 
 
 class Concatenated(nn.Module):
-    """VPT-Deep as it is usually written: prompts are tokens like any other through whole layers. ViT only."""
+    """The usual implementation of VPT-Deep: prompts are concatenated as tokens of whole layers. ViT only."""
 
     def __init__(self, model: PreTrainedModel, num_tokens: int) -> None:
         super().__init__()
-        self.trunk, width = model.base_model, model.config.hidden_size
-        self.prompts = nn.ParameterList(0.1 * torch.randn(num_tokens, width) for _ in self.trunk.layers)
+        self.encoder, width = model.base_model, model.config.hidden_size
+        self.prompts = nn.ParameterList(0.1 * torch.randn(num_tokens, width) for _ in self.encoder.layers)
         self.head = nn.Linear(width, LABELS)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        hidden = self.trunk.embeddings(pixel_values)
-        for layer, prompts in zip(self.trunk.layers, self.prompts, strict=True):
+        hidden = self.encoder.embeddings(pixel_values)
+        for layer, prompts in zip(self.encoder.layers, self.prompts, strict=True):
             tokens = prompts.to(hidden.dtype).expand(len(hidden), -1, -1)
             hidden = layer(torch.cat([tokens, hidden], dim=1))[:, len(prompts) :]
-        return self.head(self.trunk.layernorm(hidden)[:, 0].to(self.head.weight.dtype))
+        return self.head(self.encoder.layernorm(hidden)[:, 0].to(self.head.weight.dtype))
 
 
 @dataclass
 class Variant:
-    """A way to use the backbone: ``name`` is a key of ``COLUMNS``, ``num_tokens`` None where it has no prompts."""
+    """A variant of the backbone to measure.
+
+    Attributes:
+        name: a key of ``COLUMNS``.
+        num_tokens: prompt length; None: no prompts.
+    """
 
     name: str
     num_tokens: int | None
@@ -87,14 +92,14 @@ class Variant:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
         self.call = self.model
-        if self.compiled:  # variants share code, but must not wade through each other's graphs
+        if self.compiled:  # variants share code, but not compiled graphs
             self.call = torch.compile(self.model, fullgraph=True, dynamic=False, isolate_recompiles=True)
 
-    def does(self, work: str) -> bool:
+    def supports(self, work: str) -> bool:
         return self.name != ("full" if work == "inference" else "bare")
 
     def run(self, work: str, pixel_values: Tensor, labels: Tensor) -> None:
-        """One forward pass; in training, with loss, backward pass and an AdamW step of what is trained."""
+        """One forward pass; for training also loss, backward pass and a step of AdamW."""
         if work == "inference":
             with torch.inference_mode():
                 self.call(pixel_values)
@@ -107,20 +112,20 @@ class Variant:
 
     @property
     def held_bytes(self) -> int:
-        """Weights and optimizer state, which would lie in memory if this variant were alone."""
+        """GPU memory of weights and optimizer state of this variant alone."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         states = self.optimizer.state.values() if self.optimizer else ()
         tensors += [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
         return sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
-    """The model once more, with the same tensors."""
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with the same tensors."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
-    """All variants of a backbone. One frozen copy of its weights serves all but full fine-tuning."""
+    """All variants of a backbone. They share its frozen weights, except for full fine-tuning."""
     torch.manual_seed(0)
     model_class, config = BACKBONES[backbone]
     model = model_class(copy.deepcopy(config)).to(args.device, DTYPES[args.dtype]).eval()
@@ -128,30 +133,32 @@ def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
     model.requires_grad_(False)
 
     def prompted(num_tokens: int, route: str) -> nn.Module:
-        return get_vpt_model(share(model), PromptConfig(num_tokens=num_tokens, route=route))
+        return get_vpt_model(share_weights(model), PromptConfig(num_tokens=num_tokens, route=route))
 
     variants = [("bare", None, model), ("linear", None, prompted(0, "auto")), ("full", None, full)]
     for num_tokens in args.tokens:
         variants.append(("key_value", num_tokens, prompted(num_tokens, "auto")))
         variants.append(("tokens", num_tokens, prompted(num_tokens, "tokens")))
         if isinstance(model, ViTForImageClassification):
-            variants.append(("concatenated", num_tokens, Concatenated(share(model), num_tokens).to(args.device)))
+            variants.append(
+                ("concatenated", num_tokens, Concatenated(share_weights(model), num_tokens).to(args.device))
+            )
     return [Variant(*variant, compiled=args.compile) for variant in variants]
 
 
 def measure(variants: Sequence[Variant], work: str, args: argparse.Namespace) -> None:
-    """Lets the variants take turns, and notes their times and, on a GPU, their peak memory."""
+    """Measures time and, on a GPU, peak memory of the variants, interleaved."""
     size, on_gpu = variants[0].model.config.image_size, args.device == "cuda"
     pixel_values = torch.randn(args.batch, 3, size, size, device=args.device, dtype=DTYPES[args.dtype])
     labels = torch.randint(LABELS, (args.batch,), device=args.device)
-    turns = [variant for variant in variants if variant.does(work)]
-    for variant in turns:
+    measured = [variant for variant in variants if variant.supports(work)]
+    for variant in measured:
         variant.model.train(work == "training")
         variant.seconds[work] = []
     order, clock = random.Random(0), CLOCKS[args.clock]
     for turn in range(args.warmup + args.runs):
-        order.shuffle(turns)
-        for variant in turns:
+        order.shuffle(measured)
+        for variant in measured:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
                 variant.peak_bytes[work] = variant.held_bytes - torch.cuda.memory_allocated()
@@ -166,18 +173,24 @@ def measure(variants: Sequence[Variant], work: str, args: argparse.Namespace) ->
 
 
 def make_rows(backbone: str, variants: Sequence[Variant], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each kind of work and prompt length: milliseconds, ratios to keys and values, and to bare."""
+    """One row per kind of work and prompt length: milliseconds, and ratios to the key-value route and to bare."""
     rows = []
     for work in args.work:
         for num_tokens in args.tokens:
-            peers = {one.name: one for one in variants if one.num_tokens in (None, num_tokens) and one.does(work)}
-            times = {name: peer.seconds[work] for name, peer in peers.items()}
+            compared = {
+                variant.name: variant
+                for variant in variants
+                if variant.num_tokens in (None, num_tokens) and variant.supports(work)
+            }
+            times = {name: variant.seconds[work] for name, variant in compared.items()}
             row: dict[str, Any] = {"backbone": backbone, "work": work, "num_tokens": num_tokens}
             row["milliseconds"] = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
             row["to_key_value"] = {name: _ratio(seconds, times["key_value"]) for name, seconds in times.items()}
             if "bare" in times:
                 row["to_bare"] = {name: _ratio(seconds, times["bare"]) for name, seconds in times.items()}
-            row["peak_megabytes"] = {name: one.peak_bytes[work] / 1e6 for name, one in peers.items() if one.peak_bytes}
+            row["peak_megabytes"] = {
+                name: variant.peak_bytes[work] / 1e6 for name, variant in compared.items() if variant.peak_bytes
+            }
             rows.append(row)
     return rows
 
@@ -187,26 +200,26 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def make_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown: milliseconds with keys and values, and what others take relative to that."""
+    """The rows in Markdown: milliseconds of the key-value route, and the other variants relative to it."""
     others = [name for name in COLUMNS if name != "key_value"]
-    head = ["backbone", "work", "p", "keys and values, ms", *(COLUMNS[name] for name in others)]
+    header = ["backbone", "work", "p", "keys and values, ms", *(COLUMNS[name] for name in others)]
     if any(row["peak_megabytes"] for row in rows):
-        head += ["peak MB: " + COLUMNS[name] for name in COLUMNS]
-    lines = [head, ["---"] * len(head)]
+        header += ["peak MB: " + COLUMNS[name] for name in COLUMNS]
+    lines = [header, ["---"] * len(header)]
     for row in rows:
         ratios, memory = row["to_key_value"], row["peak_megabytes"]
         cells = [row["backbone"], row["work"], str(row["num_tokens"]), f"{row['milliseconds']['key_value']:.1f}"]
         cells += [f"{ratios[name]:.2f}" if name in ratios else "" for name in others]
-        if len(head) > len(cells):
+        if len(header) > len(cells):
             cells += [f"{memory[name]:.0f}" if name in memory else "" for name in COLUMNS]
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
+    """Hardware and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor() or platform.machine()
     return {
@@ -224,17 +237,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 10, 50, 100, 200], help="prompt lengths")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone; prompts are in float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone; prompts are float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True, dynamic=False)")
     parser.add_argument("--runs", type=int, default=7, help="measured rounds")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy CPU")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before the measured ones")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: CPU time of the process, for busy machines"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     if args.clock == "cpu" and args.device != "cpu":
-        parser.error("--clock cpu sees nothing of a GPU's work; use --clock wall")
+        parser.error("--clock cpu does not measure a GPU; use --clock wall")
     return args
 
 
@@ -242,20 +257,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    reports = [report(backbone, args) for backbone in args.backbone]
-    print(make_table([row for one in reports for row in one["rows"]]))
+    reports = [make_report(backbone, args) for backbone in args.backbone]
+    print(make_table([row for report in reports for row in report["rows"]]))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(reports, indent=1) + "\n")
 
 
-def report(backbone: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures one backbone and frees its memory again."""
+def make_report(backbone: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures one backbone and frees its memory."""
     variants = build_variants(backbone, args)
     for work in args.work:
         measure(variants, work, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("backbone", "output")}
-    seconds = [{"variant": one.name, "num_tokens": one.num_tokens, **one.seconds} for one in variants]
+    seconds = [{"variant": variant.name, "num_tokens": variant.num_tokens, **variant.seconds} for variant in variants]
     rows = make_rows(backbone, variants, args)
     del variants
     gc.collect()

@@ -1,4 +1,4 @@
-"""Random crops and mirroring of training images, by torchvision where it is installed and by PIL where it is not."""
+"""Random resized crops and horizontal flips, with torchvision if it is installed and with PIL otherwise."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-RATIO = (3 / 4, 4 / 3)
+RATIO = (3 / 4, 4 / 3)  # aspect ratios, width / height
 ATTEMPTS = 10
 
 
 def has_torchvision() -> bool:
-    """Whether torchvision can be imported; it is not needed."""
+    """Whether torchvision, an optional dependency, is installed."""
     return importlib.util.find_spec("torchvision") is not None
 
 
 class RandomCropAndFlip:
-    """Cuts a random part out of an image, resizes it, and mirrors half of the images.
+    """Random resized crop, and horizontal flip with probability 0.5.
 
-    All that is random is drawn from torch's generator, so that seeds and Trainer's checkpoints cover it.
+    Random numbers come from torch's default generator, so that seeds and Trainer's checkpoints cover them.
 
     Args:
         size: ``(height, width)`` of the result.
-        min_crop: the smallest part that is cut out, as share of the image's area; 1: nearly all of it.
-        flip: mirror half of the images; only where a mirrored image keeps its class.
-        resample: how PIL resizes, as image processors name it (2 bilinear, 3 bicubic).
-        torchvision: whether to use it; None: where it is installed.
+        min_crop: lower bound of the crop's area as a fraction of the image's.
+        flip: random horizontal flips, for classes that do not depend on orientation.
+        resample: PIL's resampling filter, as in image processors (2 bilinear, 3 bicubic).
+        torchvision: whether to use torchvision; None: if it is installed.
     """
 
     def __init__(
@@ -40,35 +40,37 @@ class RandomCropAndFlip:
         torchvision: bool | None = None,
     ) -> None:
         if not 0 < min_crop <= 1:
-            raise ValueError(f"min_crop must be a share of the image, above 0 and at most 1, got {min_crop}.")
+            raise ValueError(f"min_crop must be a fraction of the area, above 0 and at most 1, got {min_crop}.")
         self.size, self.min_crop, self.flip, self.resample = size, min_crop, flip, Image.Resampling(resample)
-        self.transform = self._of_torchvision() if torchvision or (torchvision is None and has_torchvision()) else None
+        self.transform = (
+            self._torchvision_transform() if torchvision or (torchvision is None and has_torchvision()) else None
+        )
 
-    def _of_torchvision(self) -> Any:
-        from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-not-found]  # optional
+    def _torchvision_transform(self) -> Any:
+        from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-not-found]  # optional dependency
 
         mode = InterpolationMode[self.resample.name]
         crop = v2.RandomResizedCrop(self.size, scale=(self.min_crop, 1), ratio=RATIO, interpolation=mode)
         return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if self.flip else 0)])
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An image of any size to one of ``size``."""
+        """Transforms an image of any size."""
         if self.transform is not None:
             return self.transform(image)
         left, top, width, height = self.random_box(*image.size)
-        part = (left, top, left + width, top + height)
-        cropped = image.resize(self.size[::-1], self.resample, box=part)
+        box = (left, top, left + width, top + height)
+        cropped = image.resize(self.size[::-1], self.resample, box=box)
         return ImageOps.mirror(cropped) if self.flip and torch.rand(()) < 0.5 else cropped
 
     def random_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """``(left, top, width, height)`` of a part of an image: its area evenly, its shape log-evenly distributed.
+        """``(left, top, width, height)`` of a crop: area uniformly, aspect ratio log-uniformly distributed.
 
-        Where no such part fits, the largest one of an allowed shape in the middle.
+        If no such crop fits after 10 attempts, the largest centred one with an allowed aspect ratio.
         """
         for _ in range(ATTEMPTS):
             area = width * height * torch.empty(()).uniform_(self.min_crop, 1).item()
-            shape = math.exp(torch.empty(()).uniform_(math.log(RATIO[0]), math.log(RATIO[1])).item())
-            w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            ratio = math.exp(torch.empty(()).uniform_(math.log(RATIO[0]), math.log(RATIO[1])).item())
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 left = int(torch.randint(width - w + 1, ()))
                 return left, int(torch.randint(height - h + 1, ())), w, h

@@ -1,4 +1,4 @@
-"""What ``train_image_classification.py`` leaves behind: a line a seed, pictures, results, the model and its card."""
+"""Output of ``train_image_classification.py``: a line per seed, plots, results, the model and its card."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from trainer_data import DatasetDict
 from trainer_task import Task
 from training import Method
 
-from vpt_peft import VPTModel, card
+from vpt_peft import VPTModel
+from vpt_peft.hub import update_card
 
-FULL_MODEL = """# {title}
+FULL_MODEL_CARD = """# {title}
 
-{base}, all of it tuned to the classes {classes}.
+{base}, fine-tuned in full on the classes {classes}.
 
 | | |
 |---|---|
@@ -30,17 +31,18 @@ FULL_MODEL = """# {title}
 
 @dataclass
 class Run:
-    """What training with one seed reached.
+    """Result of training with one seed.
 
     Attributes:
-        accuracy, loss: percent and cross-entropy of the test images.
-        parameters: number of those that trained.
-        images_per_second, seconds: of training, evaluations left out.
-        memory_mib: the most so far, of ``memory_of``: "GPU" or "process".
+        accuracy: test accuracy in percent.
+        loss: cross-entropy on the test images.
+        parameters: number of trained parameters.
+        images_per_second, seconds: training throughput and time, without evaluation.
+        memory_mib: peak memory of ``memory_of``, "GPU" or "process".
         history: Trainer's log.
         predictions, labels: of the test images.
-        model: what was trained.
-        main: whether this is the process that prints and saves.
+        model: the trained model.
+        main: whether this is the main process, which prints and saves.
     """
 
     seed: int
@@ -58,17 +60,17 @@ class Run:
     main: bool
 
     def summary(self) -> dict[str, Any]:
-        """What goes into the results."""
-        left_out = ("history", "predictions", "labels", "model", "main")
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        """Fields for results.json."""
+        excluded = ("history", "predictions", "labels", "model", "main")
+        return {name: value for name, value in vars(self).items() if name not in excluded}
 
 
 class Report:
-    """Collects runs and writes down what they reached; the first seed's model is the one that is kept.
+    """Collects the results of all seeds and saves them with the first seed's model.
 
     Args:
         args: the command line.
-        splits: the images that are used, of the task's.
+        splits: training, test and possibly validation images.
 
     Raises:
         DataError: the repository to push to cannot be created.
@@ -82,66 +84,66 @@ class Report:
         if PartialState().is_main_process:
             if args.push_to_hub:
                 self.repository = Repository(args.push_to_hub, args.private)
-            numbers = ", ".join(f"{len(rows)} for {name}" for name, rows in splits.items())
-            print(f"{method.title} on {task.model}. Images: {numbers}.")
+            counts = ", ".join(f"{len(rows)} {name}" for name, rows in splits.items())
+            print(f"{method.title} on {task.model}. Images: {counts}.")
 
     def add(self, run: Run) -> None:
-        """Prints what a seed reached."""
+        """Adds a run and prints its result."""
         if self.runs:
-            run.model = None  # only the first one is kept
+            run.model = None  # only the first model is kept
         self.runs.append(run)
         self.histories[run.seed] = run.history
         if run.main:
-            pace = f"{run.images_per_second:.1f} images per second" if run.seconds else "no step was left to train"
+            speed = f"{run.images_per_second:.1f} images/s" if run.seconds else "no steps left to train"
             print(
-                f"Seed {run.seed}: {run.accuracy:.1f} % of the test images are right. {run.parameters:,} parameters "
-                f"trained, {pace}, peak memory of the {run.memory_of} {run.memory_mib:,.0f} MiB."
+                f"Seed {run.seed}: test accuracy {run.accuracy:.1f} %, {run.parameters:,} trained parameters, {speed}, "
+                f"peak {run.memory_of} memory {run.memory_mib:,.0f} MiB."
             )
 
     def metrics(self) -> dict[str, float]:
-        """For the card."""
-        reached = [run.accuracy for run in self.runs]
-        found = {f"accuracy, % of {len(self.splits['test'])} test images": reached[0]}
-        if len(reached) > 1:
-            found[f"mean accuracy of {len(reached)} seeds"] = statistics.mean(reached)
-            found["standard deviation over seeds"] = statistics.stdev(reached)
-        return found
+        """Metrics for the model card."""
+        accuracies = [run.accuracy for run in self.runs]
+        metrics = {f"accuracy, % of {len(self.splits['test'])} test images": accuracies[0]}
+        if len(accuracies) > 1:
+            metrics[f"mean accuracy of {len(accuracies)} seeds"] = statistics.mean(accuracies)
+            metrics["standard deviation over seeds"] = statistics.stdev(accuracies)
+        return metrics
 
     def finish(self) -> None:
-        """Saves everything, prints where it is, and pushes it if that was asked for.
+        """Saves model, results and plots, and pushes them to the Hub if requested.
 
         Raises:
-            DataError: the Hub does not take it. All is saved by then.
+            DataError: the push failed. Everything is saved locally before.
         """
         first, folder, names = self.runs[0], self.args.output, self.task.class_names
-        refused: DataError | None = None
+        hub_error: DataError | None = None
         if self.repository:
             try:
                 self.repository.fetch_card(folder)
             except DataError as error:
-                refused = error
+                hub_error = error
         self._save(first)
         if not first.main:
             return
         if len(self.runs) > 1:
             _, mean, deviation = self.metrics().values()
-            print(f"{mean:.1f} ± {deviation:.1f} %: mean and standard deviation of {len(self.runs)} seeds.")
+            print(f"Mean and standard deviation over {len(self.runs)} seeds: {mean:.1f} ± {deviation:.1f} %.")
         title = f"{self.method.title} on {self.task.model}, {self.task.data}"
         split = "validation" if self.args.keep_best else "test"
         plots.learning_curve(folder / "learning_curve.png", self.histories, title, split)
         counts = plots.confusion(first.labels, first.predictions, len(names))
-        heading = f"{title}\n{first.accuracy:.1f} % of {len(first.labels)} test images are right"
+        heading = f"{title}\naccuracy {first.accuracy:.1f} % on {len(first.labels)} test images"
         plots.confusion_matrix(folder / "confusion_matrix.png", counts, names, heading)
         self._write_results(counts.tolist())
-        print(f"Saved in {folder}: {self.method.title} of seed {first.seed}, results.json and pictures.")
-        if refused:
-            raise refused
+        print(f"Saved in {folder}: {self.method.title} of seed {first.seed}, results.json and plots.")
+        if hub_error:
+            raise hub_error
         if self.repository:
             print(f"Pushed to {self.repository.push(folder)}")
 
     def _write_results(self, confusion: list[list[int]]) -> None:
-        left_out = ("model", "data", "output", "resume", "push_to_hub", "private")
-        settings = {name: value for name, value in vars(self.args).items() if name not in left_out}
+        excluded = ("model", "data", "output", "resume", "push_to_hub", "private")
+        settings = {name: value for name, value in vars(self.args).items() if name not in excluded}
         runs = [run.summary() for run in self.runs]
         report = {
             "model": self.task.model,
@@ -154,7 +156,7 @@ class Report:
         (self.args.output / "results.json").write_text(text, encoding="utf-8")
 
     def _save(self, run: Run) -> None:
-        """Called in every process: what several share is gathered by all of them."""
+        """Called in every process, since sharded tensors are gathered by all of them."""
         folder = self.args.output
         if isinstance(run.model, VPTModel):
             run.model.save_pretrained(
@@ -174,8 +176,8 @@ class Report:
         name = self.task.model
         base = f"[{name}](https://huggingface.co/{name})" if self.task.base_model else name
         classes = ", ".join(self.task.class_names)
-        text = FULL_MODEL.format(title=folder.name, base=base, classes=classes, rows=rows)
-        facts = {"library_name": "transformers", "pipeline_tag": "image-classification"}
+        text = FULL_MODEL_CARD.format(title=folder.name, base=base, classes=classes, rows=rows)
+        metadata = {"library_name": "transformers", "pipeline_tag": "image-classification"}
         if self.task.base_model:
-            facts["base_model"] = self.task.base_model
-        card.refresh(folder, text, facts)
+            metadata["base_model"] = self.task.base_model
+        update_card(folder, text, metadata)

@@ -1,4 +1,4 @@
-"""A task without downloads: small backbones pretrained on the digits 0 to 4, to be tuned to the digits 5 to 9."""
+"""A dataset without downloads: small backbones are pretrained on the digits 0 to 4 and fine-tuned on 5 to 9."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from training import DEVICE, METHODS, Settings, accuracy, predict, train
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 SIZE = 32
-OLD, NEW = range(5), range(5, 10)
+OLD, NEW = range(5), range(5, 10)  # classes of pretraining and of fine-tuning
 PRETRAINING_EPOCHS = 15
-EPOCHS = 25  # of tuning: there are few images, and small
+EPOCHS = 25  # of fine-tuning; the dataset is small
 
-# The defaults are for pretrained models of usual widths; heads of so narrow backbones learn faster with larger rates.
+# The defaults are for pretrained models of common widths; heads of narrow backbones need larger learning rates.
 HEAD_LEARNING_RATES = {"linear": 1e-1, "vpt-shallow": 3e-2, "vpt-deep": 3e-2}
 SMALL_METHODS = {name: replace(METHODS[name], head_learning_rate=rate) for name, rate in HEAD_LEARNING_RATES.items()}
 
 
 def load(size: int = SIZE) -> ImageSet:
-    """The 1,797 handwritten digits that come with scikit-learn: real scans of 8 by 8 pixels, enlarged to ``size``."""
+    """scikit-learn's 1,797 handwritten digits, scans of 8 x 8 pixels, resized to ``size``."""
     digits, preprocessing = load_digits(), Preprocessing(size)
     scans = [Image.fromarray((scan * (255 / 16)).astype(np.uint8)) for scan in digits.images]
     images = torch.stack([preprocessing.load(scan) for scan in scans])
@@ -34,16 +34,16 @@ def load(size: int = SIZE) -> ImageSet:
 
 def new_task(seed: int) -> tuple[ImageSet, ImageSet]:
     """Training and test images of the digits 5 to 9."""
-    return load().only(NEW).split(0.3, seed)
+    return load().select_classes(NEW).split(0.3, seed)
 
 
 def small_backbone(kind: str) -> Any:
-    """A ``"vit"`` or ``"swin"`` for the digits 0 to 4 with random weights, small enough to be pretrained in seconds."""
+    """A randomly initialised ``"vit"`` or ``"swin"`` for the digits 0 to 4 that can be pretrained in seconds."""
     common: dict[str, Any] = {
         "image_size": SIZE,
         "num_labels": len(OLD),
-        "initializer_range": 0.1,
-    }  # 0.02 suits wider models
+        "initializer_range": 0.1,  # the default of 0.02 is for wider models
+    }
     if kind == "swin":
         stages: dict[str, Any] = {
             "embed_dim": 32,
@@ -63,12 +63,12 @@ def small_backbone(kind: str) -> Any:
 
 
 def pretrain(kind: str, folder: Path, epochs: int, seed: int) -> float:
-    """Trains a small backbone from scratch and saves it. Returns its accuracy on digits 0 to 4 that it has not seen.
+    """Trains a small backbone from scratch and saves it. Returns its test accuracy in percent.
 
-    From here on one thread computes: so small a model gains nothing from more, and loses much on a busy machine.
+    Sets torch to one thread: more are no faster for such small models, and much slower on a busy machine.
     """
     torch.set_num_threads(1)
-    train_set, test_set = load().only(OLD).split(0.8, seed)
+    train_set, test_set = load().select_classes(OLD).split(0.8, seed)
     torch.manual_seed(seed)
     model = small_backbone(kind).to(DEVICE)
     train(model, train_set, Settings(epochs), 1e-3, seed, "Pretraining")

@@ -1,4 +1,4 @@
-"""Image sets for the examples and benchmarks, read from folders or from the Hugging Face Hub."""
+"""Image classification datasets for the examples and benchmarks, loaded from folders or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -26,136 +26,135 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class DataError(ValueError):
-    """The images cannot be used. Says what was expected, what came and what to do."""
+    """The data, the model or an option of an example cannot be used."""
 
 
-def image_size_of(model_name: str) -> tuple[int, int]:
+def get_image_size(model_name: str) -> tuple[int, int]:
     """Height and width of the images that a checkpoint was trained on.
 
     Raises:
-        DataError: there is no such checkpoint, or it is not for images.
+        DataError: the checkpoint does not exist, or is not a vision model.
     """
     try:
         size = AutoConfig.from_pretrained(model_name).image_size
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(
-            f"The model must be the name or folder of a checkpoint for images, got '{model_name}': {error}"
+            f"The model must be the name or folder of a vision checkpoint, got '{model_name}': {error}"
         ) from error
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def public_name(source: str) -> str:
-    """The name of a folder, without where it lies on this machine; a name on the Hub stays as it is."""
+def display_name(source: str) -> str:
+    """The last component of a folder's path, without the rest of the path; a name on the Hub is returned unchanged."""
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """An image as it is meant to be looked at: turned as its camera noted, in three channels of 8 bits.
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """An RGB image with 8 bits per channel, rotated according to its EXIF orientation.
 
     Raises:
-        DataError: it has more bits, of which PIL would cut off all above 255.
+        DataError: the image has more than 8 bits per channel: PIL would clip values above 255.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        least, most = image.getextrema()
+        low, high = image.getextrema()
         raise DataError(
-            f"images must have 8 bits a channel, got mode {image.mode} with values from {least:g} to {most:g}. Convert "
-            "them, scaled by the range that their values can have"
+            f"images must have 8 bits per channel, got mode {image.mode} with values from {low:g} to {high:g}. Convert "
+            "them to 8 bits, scaled by the full range of their values"
         )
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
-    """While an image is read: what is wrong with it is told with its name.
+def image_errors(name: str) -> Iterator[None]:
+    """Adds the name of an image to errors raised while it is read.
 
     Raises:
-        DataError: it cannot be read or used.
+        DataError: the image cannot be read or used.
     """
     try:
         yield
     except OSError as error:
-        raise DataError(f"{name} must be an image, but cannot be read: {error}. Repair or remove it.") from error
+        raise DataError(f"{name} cannot be read as an image: {error}. Repair or remove it.") from error
     except DataError as error:
         raise DataError(f"{name} cannot be used: {error}.") from error
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
-    """An image file, :func:`reading` it."""
-    with reading(f"'{file}'"), Image.open(file) as image:
+def open_image(file: Path) -> Iterator[Image.Image]:
+    """Opens an image file; errors name it, see :func:`image_errors`."""
+    with image_errors(f"'{file}'"), Image.open(file) as image:
         yield image
 
 
-def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bytes to what a backbone reads, both ``(num_images, 3, height, width)``: 0..1, then normalised a channel."""
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Scales uint8 images ``(num_images, 3, height, width)`` to 0..1 and normalises each channel."""
     shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return (images / 255 - shift) / scale
 
 
 def mean_and_std(model_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """A checkpoint's own mean and standard deviation, or 0.5 and 0.5 where it comes without an image processor.
+    """Mean and standard deviation of a checkpoint's image processor; 0.5 and 0.5 if it has none.
 
     Raises:
-        DataError: its image processor cannot be read.
+        DataError: the image processor cannot be read.
     """
-    # Its settings are all that is needed; some versions of AutoImageProcessor cannot do without torchvision.
+    # Only its settings are needed, and some versions of AutoImageProcessor require torchvision.
     settings = processor_settings(model_name)
     return tuple(settings.get("image_mean", HALF)), tuple(settings.get("image_std", HALF))
 
 
 def processor_settings(model_name: str) -> dict[str, Any]:
-    """The settings of a checkpoint's image processor; none, and a note, where it comes without one.
+    """Settings of a checkpoint's image processor; an empty dict and a message on stderr if it has none.
 
     Raises:
-        DataError: there is one, or may be one, but it cannot be read.
+        DataError: there is, or may be, an image processor, but it cannot be read.
     """
     try:
         return ImageProcessingMixin.get_image_processor_dict(model_name)[0]
     except (OSError, ValueError) as error:
-        if not _comes_without_processor(model_name):
+        if not _lacks_processor(model_name):
             raise DataError(
-                f"The image processor of '{model_name}' must be readable, since images normalised otherwise than in "
-                f"pretraining give wrong results without a word: {error}"
+                f"The image processor of '{model_name}' cannot be read, and with a normalisation other than in "
+                f"pretraining the results would be silently wrong: {error}"
             ) from error
-    print(f"{model_name} comes without an image processor: images are normalised by 0.5 and 0.5.", file=sys.stderr)
+    print(f"{model_name} has no image processor: normalising images with mean 0.5 and std 0.5.", file=sys.stderr)
     return {}
 
 
-def _comes_without_processor(model_name: str) -> bool:
+def _lacks_processor(model_name: str) -> bool:
     if os.path.isdir(model_name):
         return not any(Path(model_name, file).is_file() for file in PROCESSOR_FILES)
     if all(try_to_load_from_cache(model_name, file) is _CACHED_NO_EXIST for file in PROCESSOR_FILES):
         return True
     try:
         return not any(file_exists(model_name, file) for file in PROCESSOR_FILES)
-    except Exception:  # the Hub cannot be asked
+    except Exception:  # the Hub cannot be reached
         return False
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone expects: square images of ``size`` pixels, scaled to 0..1, then normalised a channel."""
+    """Input format of a backbone: square images of ``size`` pixels, scaled to 0..1, then normalised per channel."""
 
     size: int
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
 
     @classmethod
-    def of(cls, model_name: str, image_size: int | None = None) -> Preprocessing:
-        """The checkpoint's own mean and standard deviation, or 0.5 and 0.5 where it comes without a processor.
+    def from_checkpoint(cls, model_name: str, image_size: int | None = None) -> Preprocessing:
+        """The preprocessing of a checkpoint, see :func:`mean_and_std`.
 
         Args:
-            image_size: None: the checkpoint's own.
+            image_size: None: the checkpoint's.
 
         Raises:
-            DataError: there is no such checkpoint, it is not for images, or its processor cannot be read.
+            DataError: the checkpoint does not exist or is not a vision model, or its image processor cannot be read.
         """
-        own = image_size_of(model_name)[0]
-        return cls(image_size or own, *mean_and_std(model_name))
+        return cls(image_size or get_image_size(model_name)[0], *mean_and_std(model_name))
 
     def load(self, image: Image.Image) -> Tensor:
-        """``(3, size, size)`` bytes: the largest square in the middle of the image, resized."""
-        square = ImageOps.fit(upright(image), (self.size, self.size), Image.Resampling.BICUBIC)
+        """uint8 ``(3, size, size)``: the largest centred square of the image, resized."""
+        square = ImageOps.fit(to_upright_rgb(image), (self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
@@ -164,8 +163,8 @@ class ImageSet:
     """Labelled images in memory.
 
     Attributes:
-        images: ``(num_images, 3, size, size)`` bytes.
-        labels: ``(num_images,)`` positions in ``class_names``.
+        images: uint8 ``(num_images, 3, size, size)``.
+        labels: ``(num_images,)`` indices into ``class_names``.
     """
 
     images: Tensor
@@ -177,24 +176,24 @@ class ImageSet:
         return len(self.images)
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """Bytes to what the backbone reads, both ``(num_images, 3, size, size)``."""
-        return normalised(images, self.preprocessing.mean, self.preprocessing.std)
+        """Normalises uint8 images to the model's input, both ``(num_images, 3, size, size)``."""
+        return normalize(images, self.preprocessing.mean, self.preprocessing.std)
 
-    def take(self, indices: Tensor) -> ImageSet:
+    def select(self, indices: Tensor) -> ImageSet:
         """The images at ``indices``."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
-    def only(self, classes: Sequence[int]) -> ImageSet:
-        """The images of some classes, which are counted anew from 0."""
-        kept = self.take(torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten())
-        labels = torch.tensor([list(classes).index(label) for label in kept.labels.tolist()])
-        return replace(kept, labels=labels, class_names=tuple(self.class_names[label] for label in classes))
+    def select_classes(self, classes: Sequence[int]) -> ImageSet:
+        """The images of some classes, relabelled from 0."""
+        subset = self.select(torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten())
+        labels = torch.tensor([list(classes).index(label) for label in subset.labels.tolist()])
+        return replace(subset, labels=labels, class_names=tuple(self.class_names[label] for label in classes))
 
     def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-        """Two disjoint sets, drawn at random: ``share`` of each class's images, and the rest.
+        """A random, stratified split: ``share`` of each class's images, and the rest.
 
         Raises:
-            DataError: there are so few that one of them would be empty.
+            DataError: one of the parts would be empty.
         """
         generator = torch.Generator().manual_seed(seed)
         first, second = [], []
@@ -207,18 +206,18 @@ class ImageSet:
         parts = torch.cat(first), torch.cat(second)
         if not all(map(len, parts)):
             raise DataError(
-                f"There must be more images of a class, got {len(self)} of {len(self.class_names)} classes, of which "
-                f"{share:.0%} and the rest are {len(parts[0])} and {len(parts[1])} images."
+                f"Expected more images per class, got {len(self)} images of {len(self.class_names)} classes: a split "
+                f"of {share:.0%} has parts of {len(parts[0])} and {len(parts[1])} images."
             )
-        return self.take(parts[0]), self.take(parts[1])
+        return self.select(parts[0]), self.select(parts[1])
 
 
 def augment(images: Tensor, generator: torch.Generator, flip: bool = False) -> Tensor:
-    """Shifts each image by up to a sixteenth of its size, its edges repeated, and mirrors half of them if ``flip``."""
+    """Random shifts by up to a sixteenth of the image size, padded with edge pixels; optional horizontal flips."""
     size = images.shape[-1]
-    reach = size // 16
+    max_shift = size // 16
     positions = torch.arange(size)
-    shifts = torch.randint(-reach, reach + 1, (len(images), 2), generator=generator)
+    shifts = torch.randint(-max_shift, max_shift + 1, (len(images), 2), generator=generator)
     mirrored = torch.rand(len(images), generator=generator) < (0.5 if flip else 0)
     changed = torch.empty_like(images)
     for index, (down, right) in enumerate(shifts.tolist()):
@@ -229,15 +228,15 @@ def augment(images: Tensor, generator: torch.Generator, flip: bool = False) -> T
 
 
 def load_images(source: str, preprocessing: Preprocessing, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Training and test images from a folder or, where there is no such folder, from the Hugging Face Hub.
+    """Loads training and test images from a folder or, if there is no such folder, from the Hugging Face Hub.
 
     Args:
-        source: a folder that holds one folder of images for each class, or ``train`` and ``test`` with such folders;
-            or the name of an image classification dataset on the Hub.
-        seed: where there is no test split, one image in five is drawn for it at random.
+        source: a folder with one folder of images per class, or with ``train`` and ``test`` of this structure; or the
+            name of an image classification dataset on the Hub.
+        seed: for the random split if there is no test split: one image in five is held out.
 
     Raises:
-        DataError: nothing usable is there.
+        DataError: the source is not a usable dataset.
     """
     splits = _from_folder(Path(source), preprocessing) if os.path.isdir(source) else _from_hub(source, preprocessing)
     return splits if isinstance(splits, tuple) else splits.split(0.8, seed)
@@ -250,9 +249,7 @@ def _from_folder(folder: Path, preprocessing: Preprocessing) -> ImageSet | tuple
     names = _class_names(folder / "train")
     unknown = sorted(set(_class_names(test)) - set(names))
     if unknown:
-        raise DataError(
-            f"'{test}' must hold the classes of '{folder / 'train'}', but has {', '.join(unknown)} besides."
-        )
+        raise DataError(f"'{test}' must have only classes of '{folder / 'train'}', but also has {', '.join(unknown)}.")
     train_set = _from_class_folders(folder / "train", names, preprocessing)
     return train_set, _from_class_folders(test, names, preprocessing)
 
@@ -270,12 +267,12 @@ def _from_class_folders(folder: Path, names: tuple[str, ...], preprocessing: Pre
     ]
     if len({label for _, label in files}) < 2:
         raise DataError(
-            f"'{folder}' must hold a folder of images for each class and at least two classes; it has the folders "
-            f"{list(names)} with {len(files)} images. Known endings: {' '.join(SUFFIXES)}."
+            f"'{folder}' must contain a folder of images per class, for at least two classes, got the folders "
+            f"{list(names)} with {len(files)} images. Supported file types: {' '.join(SUFFIXES)}."
         )
     images, labels = [], []
     for file, label in tqdm(files, desc=f"Reading {folder.name}", unit="image", leave=False):
-        with opened(file) as image:
+        with open_image(file) as image:
             images.append(preprocessing.load(image))
         labels.append(label)
     return ImageSet(torch.stack(images), torch.tensor(labels), names, preprocessing)
@@ -283,16 +280,16 @@ def _from_class_folders(folder: Path, names: tuple[str, ...], preprocessing: Pre
 
 def _from_hub(name: str, preprocessing: Preprocessing) -> ImageSet | tuple[ImageSet, ImageSet]:
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found]  # optional
+        from datasets import load_dataset  # type: ignore[import-not-found]  # optional dependency
     except ImportError as error:
         raise DataError(
-            f"There is no folder '{name}'. To read it as a dataset from the Hugging Face Hub, "
-            "first install the datasets package: pip install datasets"
+            f"There is no folder '{name}'. To load it as a dataset from the Hugging Face Hub, install the datasets "
+            "package: pip install datasets"
         ) from error
     try:
         splits = load_dataset(name)
     except (OSError, ValueError) as error:
-        raise DataError(f"'{name}' is no folder, and no dataset of this name could be loaded: {error}") from error
+        raise DataError(f"'{name}' is not a folder, and could not be loaded as a dataset: {error}") from error
     if "train" not in splits:
         raise DataError(f"The dataset '{name}' must have a split named train, got {', '.join(splits)}.")
     test = next((split for split in TEST_SPLITS if split in splits), None)

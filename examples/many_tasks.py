@@ -1,9 +1,8 @@
-"""Train several tasks on one frozen backbone, then answer one batch in which each image belongs to another task.
+"""Train adapters for several tasks on one frozen backbone, then run a mixed batch: one task per image.
 
-    python examples/many_tasks.py                   # handwritten digits, nothing to download
+    python examples/many_tasks.py                   # handwritten digits, no download
 
-Each task keeps its own prompts, head and labels. They may differ in everything: here in the kind and the number of
-prompts and in the number of labels.
+Each task has its own prompts, head and labels. Here, tasks differ in prompt depth, prompt length and number of labels.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ import digits
 import torch
 from images import ImageSet
 from torch import Tensor
-from training import DEVICE, Method, Settings, accuracy, be_quiet, load_backbone, predict, table, train
+from training import DEVICE, Method, Settings, accuracy, load_backbone, predict, silence_transformers, table, train
 from transformers import AutoModelForImageClassification
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 
-TOLERANCE = 1e-4  # of logits; sums in another order differ by about 1e-6
+TOLERANCE = 1e-4  # for logits; a different order of summation changes them by about 1e-6
 SHADES = " .:*#@"
 COLUMNS = 4
 
 
 @dataclass(frozen=True)
 class Task:
-    """A question about a digit, the digits that each answer stands for, and how to train it."""
+    """A question about a digit, its answers with the digits that they apply to, and the training method."""
 
     question: str
     answers: Mapping[str, Sequence[int]]
@@ -48,15 +47,15 @@ TASKS = {
 }
 
 
-def ask(task: Task, images: ImageSet) -> ImageSet:
-    """The same images, labelled with the task's answers."""
-    answers = {str(digit): label for label, its in enumerate(task.answers.values()) for digit in its}
+def relabel(task: Task, images: ImageSet) -> ImageSet:
+    """The same images with the labels of a task."""
+    answers = {str(digit): label for label, group in enumerate(task.answers.values()) for digit in group}
     labels = torch.tensor([answers[images.class_names[label]] for label in images.labels.tolist()])
     return replace(images, labels=labels, class_names=tuple(task.answers))
 
 
 def train_adapters(model: Any, train_set: ImageSet, test_set: ImageSet, args: argparse.Namespace) -> VPTModel:
-    """Trains one adapter after the other on the same backbone, and prints what each reached."""
+    """Trains the adapters one after the other on the same backbone, and prints their accuracy."""
     vpt: VPTModel | None = None
     rows = [("Task", "Question", "Labels", "Prompts", "Trained parameters", "Accuracy")]
     for name, task in TASKS.items():
@@ -64,36 +63,34 @@ def train_adapters(model: Any, train_set: ImageSet, test_set: ImageSet, args: ar
         assert config is not None
         torch.manual_seed(args.seed)
         if vpt is None:
-            vpt = get_vpt_model(model, config, adapter_name=name)  # with the labels that the model was loaded with
+            vpt = get_vpt_model(model, config, adapter_name=name)  # labels: the model's
         else:
             id2label = dict(enumerate(labels))
             label2id = {label: number for number, label in id2label.items()}
             vpt.add_adapter(name, config, num_labels=len(labels), id2label=id2label, label2id=label2id)
-        vpt.set_adapter(name)  # from here on it is the one that trains and answers
+        vpt.set_adapter(name)  # the adapter that is trained and used
         rates = task.method.learning_rate, task.method.head_learning_rate
-        train(vpt, ask(task, train_set), Settings(args.epochs), rates[0], args.seed, name, rates[1])
-        reached = accuracy(predict(vpt, ask(task, test_set)), ask(task, test_set))
-        kind = (
-            f"{config.num_tokens} {'at each layer' if config.deep else 'at layer 0'}" if config.num_tokens else "none"
-        )
+        train(vpt, relabel(task, train_set), Settings(args.epochs), rates[0], args.seed, name, rates[1])
+        test_accuracy = accuracy(predict(vpt, relabel(task, test_set)), relabel(task, test_set))
+        kind = f"{config.num_tokens} {'per layer' if config.deep else 'at layer 0'}" if config.num_tokens else "none"
         parameters = vpt.get_nb_trainable_parameters()[0]
-        rows.append((name, task.question, str(len(labels)), kind, f"{parameters:,}", f"{reached:.1f} %"))
+        rows.append((name, task.question, str(len(labels)), kind, f"{parameters:,}", f"{test_accuracy:.1f} %"))
     assert vpt is not None
     print(f"\n{table(rows)}\n")
     return vpt
 
 
 @torch.inference_mode()
-def answer_mixed(vpt: VPTModel, pixel_values: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """Logits of each image from its own task, all in one pass. Behind a task's own labels they are ``-inf``."""
+def predict_mixed(vpt: VPTModel, pixel_values: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Logits of each image from its own task, in one pass. Padding after a task's own labels is removed."""
     output = vpt(pixel_values, adapter_names=names)
     rows = zip(output.logits, output.num_labels.tolist(), strict=True)
     return [logits[:num_labels] for logits, num_labels in rows]
 
 
 @torch.inference_mode()
-def answer_apart(vpt: VPTModel, pixel_values: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """The same by one pass for each task, which takes as many passes as there are tasks."""
+def predict_per_task(vpt: VPTModel, pixel_values: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """The same with one pass per task."""
     answers: dict[int, Tensor] = {}
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
@@ -102,22 +99,22 @@ def answer_apart(vpt: VPTModel, pixel_values: Tensor, names: Sequence[str]) -> l
     return [answers[row] for row in range(len(names))]
 
 
-def draw(image: Tensor) -> list[str]:
-    """A digit of ``(3, 32, 32)`` bytes as 8 lines of 16 characters."""
+def to_ascii(image: Tensor) -> list[str]:
+    """Renders a digit, uint8 ``(3, 32, 32)``, as 8 lines of 16 characters."""
     pixels = image.float().mean(0).unflatten(0, (8, -1)).unflatten(2, (8, -1)).mean((1, 3)) / 256
     return ["".join(2 * SHADES[int(value * len(SHADES))] for value in line) for line in pixels.tolist()]
 
 
-def show(batch: ImageSet, names: Sequence[str], answers: Sequence[Tensor], vpt: VPTModel) -> None:
-    """Prints each image with the task that it went to, what was answered, and what is true."""
+def print_predictions(batch: ImageSet, names: Sequence[str], answers: Sequence[Tensor], vpt: VPTModel) -> None:
+    """Prints each image with its task, the predicted and the true label."""
     cells = []
     for row, (name, logits) in enumerate(zip(names, answers, strict=True)):
         vpt.set_adapter(name)
-        answer = vpt.config.id2label[int(logits.argmax())]  # the labels are the adapter's own
-        asked = ask(TASKS[name], batch)
-        truth = asked.class_names[asked.labels[row]]
+        answer = vpt.config.id2label[int(logits.argmax())]  # labels of the active adapter
+        labelled = relabel(TASKS[name], batch)
+        truth = labelled.class_names[labelled.labels[row]]
         mark = "" if answer == truth else "  WRONG"
-        cells.append([*draw(batch.images[row]), f"task:   {name}", f"answer: {answer}{mark}", f"truth:  {truth}"])
+        cells.append([*to_ascii(batch.images[row]), f"task:   {name}", f"answer: {answer}{mark}", f"truth:  {truth}"])
     for start in range(0, len(cells), COLUMNS):
         for line in zip(*cells[start : start + COLUMNS], strict=True):
             print("   " + "  ".join(cell.ljust(20) for cell in line).rstrip())
@@ -125,7 +122,7 @@ def show(batch: ImageSet, names: Sequence[str], answers: Sequence[Tensor], vpt: 
 
 
 def load_adapters(backbone: Path, folder: Path) -> VPTModel:
-    """All saved adapters on a fresh backbone, which is read only once."""
+    """Loads all adapters onto one fresh backbone."""
     fresh = AutoModelForImageClassification.from_pretrained(backbone, dtype=torch.float32).to(DEVICE)
     first, *others = TASKS
     vpt = VPTModel.from_pretrained(fresh, folder / first, adapter_name=first)
@@ -135,53 +132,53 @@ def load_adapters(backbone: Path, folder: Path) -> VPTModel:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all weights in a folder."""
+    """Bytes of the safetensors files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Pretrains a backbone, trains the tasks on it, answers a mixed batch, saves the adapters and loads them back."""
+    """Pretrains a backbone, trains the adapters, runs a mixed batch, saves the adapters and reloads them."""
     backbone, adapters = args.output / "backbone", args.output / "adapters"
     print("1. Pretraining a small ViT on the handwritten digits 0 to 4.")
-    reached = digits.pretrain("vit", backbone, args.pretraining_epochs, args.seed)
-    print(f"   It names {reached:.1f} % of the test images of these digits. Saved in {backbone}.\n")
+    test_accuracy = digits.pretrain("vit", backbone, args.pretraining_epochs, args.seed)
+    print(f"   Test accuracy {test_accuracy:.1f} %. Saved in {backbone}.\n")
 
     train_set, test_set = digits.new_task(args.seed)
-    print(f"2. Freezing it and training {len(TASKS)} tasks on it, with {len(train_set)} images of the digits 5 to 9.")
+    print(f"2. Training {len(TASKS)} adapters on the frozen backbone: {len(train_set)} images of the digits 5 to 9.")
     model = load_backbone(str(backbone), list(next(iter(TASKS.values())).answers), args.seed)
     vpt = train_adapters(model, train_set, test_set, args)
 
-    chosen = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(args.seed))[: args.images]
-    batch = test_set.take(chosen)
+    indices = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(args.seed))[: args.images]
+    batch = test_set.select(indices)
     names = [list(TASKS)[row % len(TASKS)] for row in range(len(batch))]
     pixel_values = batch.pixel_values(batch.images).to(DEVICE)
-    print(f"3. Answering {len(batch)} new images in one pass: vpt(pixel_values, adapter_names={names[:COLUMNS]} + ...)")
-    mixed = answer_mixed(vpt, pixel_values, names)
-    show(batch, names, mixed, vpt)
-    apart = answer_apart(vpt, pixel_values, names)
-    difference = max((one - other).abs().max().item() for one, other in zip(mixed, apart, strict=True))
+    print(f"3. A mixed batch of {len(batch)} test images: vpt(pixel_values, adapter_names={names[:COLUMNS]} + ...)")
+    mixed = predict_mixed(vpt, pixel_values, names)
+    print_predictions(batch, names, mixed, vpt)
+    separate = predict_per_task(vpt, pixel_values, names)
+    difference = max((one - other).abs().max().item() for one, other in zip(mixed, separate, strict=True))
     if difference > TOLERANCE:
-        sys.exit(f"A mixed batch must give what one pass for each task gives, but its logits differ by {difference}.")
-    print(f"   One pass for each of the {len(set(names))} tasks gives the same logits, up to {difference:.0e}.\n")
+        sys.exit(f"Logits of the mixed batch differ by {difference} from those of one pass per task.")
+    print(f"   Maximum difference to the logits of one pass per task ({len(set(names))} passes): {difference:.0e}.\n")
 
     vpt.save_pretrained(adapters)
-    loaded = answer_mixed(load_adapters(backbone, adapters), pixel_values, names)
+    loaded = predict_mixed(load_adapters(backbone, adapters), pixel_values, names)
     if not all(torch.equal(one, other) for one, other in zip(mixed, loaded, strict=True)):
-        sys.exit("Reloaded adapters must give the same logits as those that were saved, but theirs differ.")
-    print(f"4. All adapters are saved in {adapters}: {size(adapters):,} bytes, the backbone has {size(backbone):,}.")
-    print("   Reloaded onto a fresh backbone, they answer the batch with the same logits, identical to the last bit.")
+        sys.exit("Logits of the reloaded adapters differ from those before saving.")
+    print(f"4. Saved all adapters in {adapters}: {size(adapters):,} bytes (backbone: {size(backbone):,} bytes).")
+    print("   Reloaded onto a fresh backbone: logits of the mixed batch are bit-identical.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--epochs", type=int, default=15, help="for each task (default: %(default)s)")
+    add("--epochs", type=int, default=15, help="per task (default: %(default)s)")
     add("--pretraining-epochs", type=int, default=digits.PRETRAINING_EPOCHS, help="default: %(default)s")
-    add("--images", type=int, default=8, help="in the mixed batch (default: %(default)s)")
-    add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
-    add("--output", type=Path, default=Path("runs", "many-tasks"), help="where to save (default: %(default)s)")
-    be_quiet()
+    add("--images", type=int, default=8, help="images in the mixed batch (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    add("--output", type=Path, default=Path("runs", "many-tasks"), help="output folder (default: %(default)s)")
+    silence_transformers()
     run(parser.parse_args(argv))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of training: learning curves, a confusion matrix, a hyperparameter search. Files only, no window."""
+"""Plots of learning curves, confusion matrices and hyperparameter searches, saved to files without a display."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#8a8f98"
-MOST_COUNTED = 30  # classes: with more of them, numbers in the cells cannot be read
-LONGEST_NAME = 24
+MAX_CLASSES_WITH_COUNTS = 30  # with more classes, the numbers in the cells are unreadable
+MAX_NAME_LENGTH = 24
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -23,7 +23,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -41,8 +41,8 @@ def learning_curve(path: Path, histories: Mapping[int, Sequence[Mapping[str, Any
     """Loss and accuracy after each epoch.
 
     Args:
-        histories: ``Trainer.state.log_history`` of each seed.
-        split: what the accuracy was measured on.
+        histories: ``Trainer.state.log_history`` by seed.
+        split: name of the evaluated split.
     """
     figure = _figure(9, 3.6)
     figure.suptitle(title, fontsize=12)
@@ -60,43 +60,43 @@ def learning_curve(path: Path, histories: Mapping[int, Sequence[Mapping[str, Any
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker="o", markersize=3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=8)
-    _plain(losses, "Loss", "epoch", "cross-entropy")
-    _plain(accuracies, "Accuracy", "epoch", f"% of the {split} images")
+    _style(losses, "Loss", "epoch", "cross-entropy")
+    _style(accuracies, "Accuracy", "epoch", f"% of the {split} images")
     _save(figure, path)
 
 
 def confusion(labels: Sequence[int], predictions: Sequence[int], num_classes: int) -> np.ndarray:
-    """``(num_classes, num_classes)`` counts: rows are what an image shows, columns what it was taken for."""
+    """Counts, ``(num_classes, num_classes)``: rows are true classes, columns predicted ones."""
     matrix = np.zeros((num_classes, num_classes), dtype=int)
     np.add.at(matrix, (np.asarray(labels), np.asarray(predictions)), 1)
     return matrix
 
 
 def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
-    """Counts, coloured by their share of the class, with the names of the classes."""
+    """Plots the counts, coloured by their share of the true class."""
     number = len(names)
     side = min(0.55 * number + 2.8, 16)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = _figure(side + 0.8, side)
     axes = figure.subplots()
-    shown = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(shown, ax=axes, fraction=0.045, pad=0.03, label="% of the class")
-    short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
-    size = 10 if number <= MOST_COUNTED else max(3.0, 400 / number)
-    turned = max(map(len, short)) > 3
-    turn: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
-    axes.set_xticks(range(number), short, fontsize=size, **turn)
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03, label="% of the class")
+    short = [name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…" for name in names]
+    size = 10 if number <= MAX_CLASSES_WITH_COUNTS else max(3.0, 400 / number)
+    rotate = max(map(len, short)) > 3
+    rotation: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
+    axes.set_xticks(range(number), short, fontsize=size, **rotation)
     axes.set_yticks(range(number), short, fontsize=size)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("shows")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
     axes.set_title(title, fontsize=11, loc="left")
     axes.tick_params(length=0)
     axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1 if number <= MOST_COUNTED else 0.3)
+    axes.grid(which="minor", color="white", linewidth=1 if number <= MAX_CLASSES_WITH_COUNTS else 0.3)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
-    if number <= MOST_COUNTED:
+    if number <= MAX_CLASSES_WITH_COUNTS:
         for row, column in zip(*counts.nonzero(), strict=True):
             color = "white" if shares[row, column] > 0.55 else "#1b2733"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=9)
@@ -104,11 +104,11 @@ def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title
 
 
 def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence[str], title: str) -> None:
-    """Accuracy of each trial against each hyperparameter, and the best so far.
+    """Plots the accuracy of the trials against each hyperparameter, and the best accuracy so far.
 
     Args:
-        trials: of each, ``number``, ``state`` ("complete" or "pruned"), ``accuracy`` and ``params``.
-        log_scales: the hyperparameters that were searched on a logarithmic scale.
+        trials: with ``number``, ``state`` ("complete" or "pruned"), ``accuracy`` and ``params``.
+        log_scales: hyperparameters to plot on a logarithmic scale.
     """
     names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
     columns = 3
@@ -119,7 +119,10 @@ def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence
     complete = [trial for trial in trials if trial["state"] == "complete"]
     best = max(complete, key=lambda trial: trial["accuracy"])
     for axes, name in zip(grid, ("number", *names), strict=False):
-        for state, color, marker in (("complete", BLUE, "o"), ("pruned", GREY, "x")):  # pruned: at its last epoch
+        for state, color, marker in (
+            ("complete", BLUE, "o"),
+            ("pruned", GREY, "x"),
+        ):  # pruned: last epoch
             found = [trial for trial in trials if trial["state"] == state and name in {"number", *trial["params"]}]
             values = [_value(trial, name) for trial in found]
             axes.scatter(values, [trial["accuracy"] for trial in found], 26, color=color, marker=marker, label=state)
@@ -130,14 +133,14 @@ def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence
             axes.step([t["number"] for t in steps], reached, where="post", color=ORANGE, label="best so far", zorder=0)
         if name in log_scales:
             axes.set_xscale("log")
-            tried = [trial["params"][name] for trial in trials if name in trial["params"]]
-            wide = max(tried) > 100 * min(tried)  # more labels would run into each other
+            values = [trial["params"][name] for trial in trials if name in trial["params"]]
+            wide = max(values) > 100 * min(values)  # more tick labels would overlap
             axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=6))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain(axes, "", "trial" if name == "number" else name.replace("_", " "), "")
+        _style(axes, "", "trial" if name == "number" else name.replace("_", " "), "")
     for axes in list(figure.axes)[len(names) + 1 :]:
         axes.remove()
     for axes in list(figure.axes)[::columns]:

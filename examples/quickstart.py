@@ -1,10 +1,10 @@
-"""Tune a vision transformer to new classes with a linear head, VPT-Shallow and VPT-Deep, and compare them.
+"""Fine-tune a vision transformer on new classes with a linear head, VPT-Shallow and VPT-Deep, and compare them.
 
-    python examples/quickstart.py                                   # handwritten digits, nothing to download
+    python examples/quickstart.py                                   # handwritten digits, no download
     python examples/quickstart.py --backbone swin
     python examples/quickstart.py --model google/vit-base-patch16-224-in21k --data my-images
 
-``my-images`` holds one folder of images for each class, or ``train`` and ``test`` with such folders.
+``my-images`` contains one folder of images per class, or ``train`` and ``test`` with such folders.
 """
 
 from __future__ import annotations
@@ -17,29 +17,41 @@ from pathlib import Path
 import digits
 import torch
 from images import DataError, ImageSet, Preprocessing, load_images
-from training import DEVICE, METHODS, Result, Settings, accuracy, be_quiet, load_backbone, predict, table, tune
+from training import (
+    DEVICE,
+    METHODS,
+    Result,
+    Settings,
+    accuracy,
+    load_backbone,
+    predict,
+    silence_transformers,
+    table,
+    tune,
+)
 from transformers import AutoModelForImageClassification
 
 from vpt_peft import VPTError, VPTModel
 
 NAMES = ("linear", "vpt-shallow", "vpt-deep")
+BACKBONES = {"vit": "ViT", "swin": "Swin"}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked and completed."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--backbone", choices=("vit", "swin"), default="vit", help="what to pretrain on digits (default: vit)")
-    add("--model", help="in place of that, a checkpoint for images: its name on the Hugging Face Hub or its folder")
-    add("--data", help="your images: a folder of class folders, with or without train/ and test/, or a Hub dataset")
-    add("--flip", action="store_true", help="mirror half of the images; only where a mirrored image keeps its class")
-    add("--epochs", type=int, help=f"default: {Settings.epochs}, for the digits {digits.EPOCHS}")
+    add("--backbone", choices=BACKBONES, default="vit", help="backbone to pretrain on digits (default: vit)")
+    add("--model", help="a vision checkpoint instead, by its name on the Hugging Face Hub or its folder")
+    add("--data", help="a folder with one folder per class, with or without train/ and test/, or a dataset on the Hub")
+    add("--flip", action="store_true", help="random horizontal flips")
+    add("--epochs", type=int, help=f"default: {Settings.epochs}, digits: {digits.EPOCHS}")
     add("--pretraining-epochs", type=int, default=digits.PRETRAINING_EPOCHS, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="sets everything that is random (default: 0)")
-    add("--output", type=Path, help="where to save the adapters (default: runs/quickstart, or a folder beside it)")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    add("--output", type=Path, help="output folder (default: runs/quickstart or runs/quickstart-...)")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
-        parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
+        parser.error("--model and --data must be given together, or neither of them for the handwritten digits.")
     if args.epochs is None:
         args.epochs = Settings.epochs if args.model else digits.EPOCHS
     if args.output is None:
@@ -49,21 +61,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[str, ImageSet, ImageSet]:
-    """The backbone's name or folder, and the images to train on and to test on."""
+    """The backbone's name or folder, training images and test images."""
     if args.model:
-        return args.model, *load_images(args.data, Preprocessing.of(args.model), args.seed)
+        return args.model, *load_images(args.data, Preprocessing.from_checkpoint(args.model), args.seed)
     folder = args.output / "backbone"
-    print(f"1. Pretraining a small {args.backbone} on the handwritten digits 0 to 4.")
-    reached = digits.pretrain(args.backbone, folder, args.pretraining_epochs, args.seed)
-    print(f"   It names {reached:.1f} % of the test images of these digits. Saved in {folder}.\n")
+    print(f"1. Pretraining a small {BACKBONES[args.backbone]} on the handwritten digits 0 to 4.")
+    test_accuracy = digits.pretrain(args.backbone, folder, args.pretraining_epochs, args.seed)
+    print(f"   Test accuracy {test_accuracy:.1f} %. Saved in {folder}.\n")
     return str(folder), *digits.new_task(args.seed)
 
 
 def compare(backbone: str, train_set: ImageSet, test_set: ImageSet, args: argparse.Namespace) -> dict[str, Result]:
-    """Tunes the same frozen backbone by each method; the adapters are saved in folders named after them."""
+    """Fine-tunes the same frozen backbone by each method. Each adapter is saved in a folder named after the method."""
     names = ", ".join(train_set.class_names[:10]) + (", ..." if len(train_set.class_names) > 10 else "")
-    print(f"2. Freezing it and tuning it to the classes {names}:")
-    print(f"   {len(train_set)} images to train on, {len(test_set)} to test on, {args.epochs} epochs.")
+    print(f"2. Fine-tuning the frozen backbone on the classes {names}:")
+    print(f"   {len(train_set)} training images, {len(test_set)} test images, {args.epochs} epochs.")
     settings, methods = Settings(args.epochs, flip=args.flip), METHODS if args.model else digits.SMALL_METHODS
     model = load_backbone(backbone, train_set.class_names, args.seed)
     results = {}
@@ -72,9 +84,9 @@ def compare(backbone: str, train_set: ImageSet, test_set: ImageSet, args: argpar
     return results
 
 
-def show(results: dict[str, Result]) -> None:
-    """Prints what each method reached and what it cost."""
-    rows = [("Method", "Accuracy", "Trained parameters", "Of the backbone", "Bytes on disk", "Seconds")]
+def print_table(results: dict[str, Result]) -> None:
+    """Prints accuracy and cost of each method."""
+    rows = [("Method", "Accuracy", "Trained parameters", "Share of backbone", "Bytes on disk", "Seconds")]
     for result in results.values():
         rows.append((
             result.method.title, f"{result.accuracy:.1f} %", f"{result.parameters:,}", f"{result.share:.2f} %",
@@ -84,28 +96,28 @@ def show(results: dict[str, Result]) -> None:
 
 
 def check_reloaded(backbone: str, folder: Path, test_set: ImageSet, expected: torch.Tensor) -> None:
-    """Loads the saved adapter into a fresh backbone and compares its predictions with those made before saving."""
+    """Loads the saved adapter onto a fresh backbone and compares its logits with those before saving."""
     fresh = AutoModelForImageClassification.from_pretrained(backbone, dtype=torch.float32).to(DEVICE)
     logits = predict(VPTModel.from_pretrained(fresh, folder), test_set)
     if not torch.equal(logits, expected):
         difference = (logits - expected).abs().max()
-        sys.exit(f"The reloaded adapter must predict the same, but its logits differ by up to {difference}.")
-    print(f"   Reloaded into a fresh backbone, it gives the same {len(logits)} predictions, identical to the last bit")
-    print(f"   ({accuracy(logits, test_set):.1f} % are right).")
+        sys.exit(f"Logits of the reloaded adapter differ by up to {difference} from those before saving.")
+    print(f"   Reloaded onto a fresh backbone: logits of all {len(logits)} test images are bit-identical", end=" ")
+    print(f"(accuracy {accuracy(logits, test_set):.1f} %).")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the example."""
     args = arguments(argv)
-    be_quiet()
+    silence_transformers()
     try:
         backbone, train_set, test_set = prepare(args)
         results = compare(backbone, train_set, test_set, args)
     except (DataError, VPTError, OSError) as error:
         sys.exit(str(error))
-    show(results)
+    print_table(results)
     best = max(results, key=lambda name: results[name].accuracy)
-    print(f"3. The best adapter, {results[best].method.title}, is saved in {args.output / best}.")
+    print(f"3. Saved the best adapter, {results[best].method.title}, in {args.output / best}.")
     check_reloaded(backbone, args.output / best, test_set, results[best].logits)
 
 

@@ -1,4 +1,4 @@
-"""The repository on the Hub that what was trained goes to."""
+"""The repository on the Hub that a trained model is pushed to."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ CARD = "README.md"
 
 
 class Repository:
-    """A repository, created at once: a name or token that does not do is known before anything is trained.
+    """A model repository on the Hub. It is created immediately, so that an invalid name or token fails before training.
 
     Args:
-        name: with its owner or without; private: whether it is created as such.
+        name: with or without the owner.
+        private: create it as a private repository.
 
     Raises:
-        DataError: it cannot be created.
+        DataError: the repository cannot be created.
     """
 
     def __init__(self, name: str, private: bool) -> None:
         self.name = name
-        with self._asked("created"):
+        with self._convert_errors("created"):
             self.name = create_repo(name, private=private or None, exist_ok=True).repo_id
 
     def fetch_card(self, folder: Path) -> None:
-        """Puts the card that is there, if any, into a folder, for ours to go on from what others wrote into it."""
-        with self._asked("read"):
+        """Downloads an existing model card into a folder, so that updating it preserves what others wrote."""
+        with self._convert_errors("read"):
             try:
                 hf_hub_download(self.name, CARD, local_dir=folder)
             except EntryNotFoundError:
                 return
 
     def push(self, folder: Path) -> str:
-        """Uploads model, image processor and card, and tells where they are. It needs one process of several only."""
-        with self._asked("written to"):
+        """Uploads model, image processor and card. Returns the URL of the commit. To be called in one process only."""
+        with self._convert_errors("written to"):
             commit = upload_folder(
                 repo_id=self.name, folder_path=folder, allow_patterns=["*.json", "*.safetensors", CARD],
                 ignore_patterns=["seed-*", "backbone/*", "results.json", "settings.json"],
@@ -46,8 +47,8 @@ class Repository:
         return str(commit.commit_url)
 
     @contextmanager
-    def _asked(self, what: str) -> Iterator[None]:
+    def _convert_errors(self, action: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # the Hub's, the client's or the connection's
-            raise DataError(f"'{self.name}' on the Hub could not be {what}: {error}") from error
+        except Exception as error:  # of the Hub, the client or the connection
+            raise DataError(f"'{self.name}' on the Hub could not be {action}: {error}") from error

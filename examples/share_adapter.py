@@ -1,8 +1,8 @@
-"""Share an adapter: push it to the Hugging Face Hub, and load it back on another machine by its name alone.
+"""Share an adapter: push it to the Hugging Face Hub and load it by its name.
 
     python examples/share_adapter.py me/digits-vpt --backbone google/vit-base-patch16-224-in21k
 
-You need an account and its token (``hf auth login``). ``HF_ENDPOINT`` chooses another Hub than huggingface.co.
+Requires an account and a token (``hf auth login``). ``HF_ENDPOINT`` selects a Hub other than huggingface.co.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ LABELS = ["cat", "dog", "owl"]
 
 
 def share(repo_id: str, backbone: str, private: bool) -> None:
-    """Pushes an adapter, loads it back and compares the answers of both."""
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
-    model = AutoModelForImageClassification.from_pretrained(backbone, ignore_mismatched_sizes=True, **names)
+    """Pushes an adapter, loads it again, and compares the logits of both."""
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    model = AutoModelForImageClassification.from_pretrained(backbone, ignore_mismatched_sizes=True, **labels)
     vpt = get_vpt_model(model, PromptConfig(num_tokens=10))
     vpt.print_trainable_parameters()
-    # ... here you would train it ...
+    # ... train it here ...
 
     commit = vpt.push_to_hub(repo_id, private=private, commit_message="Upload an untrained adapter", license="mit")
-    print(f"pushed to {commit.commit_url}")
+    print(f"Pushed to {commit.commit_url}")
 
-    loaded = AutoVPTModel.from_pretrained(repo_id)  # finds the backbone by itself
-    print(f"loaded {repo_id} onto {loaded.active_config.base_model_name_or_path}, labels {loaded.config.id2label}")
+    loaded = AutoVPTModel.from_pretrained(repo_id)  # loads the backbone too
+    print(f"Loaded {repo_id} onto {loaded.active_config.base_model_name_or_path}, labels {loaded.config.id2label}")
 
     image = torch.rand(1, 3, model.config.image_size, model.config.image_size)
     with torch.no_grad():
         pushed, pulled = vpt.eval()(image).logits, loaded(image).logits
-    print(f"same answers: {torch.equal(pushed, pulled)}")
+    print(f"Identical logits: {torch.equal(pushed, pulled)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repo_id", help="where to push to, such as me/digits-vpt; created if it does not exist")
-    parser.add_argument("--backbone", default="google/vit-base-patch16-224-in21k", help="name of a ViT or Swin")
-    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("repo_id", help="repository to push to, such as me/digits-vpt; created if it does not exist")
+    parser.add_argument("--backbone", default="google/vit-base-patch16-224-in21k", help="a ViT or Swin checkpoint")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
     arguments = parser.parse_args()
     share(arguments.repo_id, arguments.backbone, arguments.private)
 

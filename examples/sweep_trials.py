@@ -1,4 +1,4 @@
-"""The trials of a search, kept in a file: how many there are, which ones to repeat, which one was best."""
+"""The trials of a search, stored in an SQLite file by Optuna."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from images import DataError
 from optuna.trial import FrozenTrial, TrialState
 from trainer_tools import check_same_settings
 
-ERROR, REPEATS = "error", "repeats"
+ERROR, REPEATS = "error", "repeats"  # user attributes of trials
 
 
 class Trials:
-    """Trials in an SQLite file.
+    """The trials in an SQLite file.
 
-    Of a trial that ends with an error, ``Tuner`` notes the error; one that fails without a note was interrupted, and so
-    was one that still seems to run, as one process at a time searches. Interrupted ones are repeated.
+    ``SweepTrainer`` stores the error of a failed trial. Trials that failed without an error were interrupted, and so
+    were those in state "running", since only one process searches at a time. Interrupted trials are repeated.
 
     Args:
-        file: of the trials; it may exist already.
-        name: what is tuned to what.
-        settings: what all trials have in common.
+        file: may exist already.
+        name: model and dataset.
+        settings: shared by all trials.
 
     Raises:
-        DataError: the trials in the file had other settings.
+        DataError: the trials in the file have other settings.
     """
 
     def __init__(self, file: Path, name: str, settings: Mapping[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.arguments = {"storage": f"sqlite:///{file}", "study_name": name, "load_if_exists": True}
-        self.study = optuna.create_study(**self.arguments, direction="maximize")
-        ours = json.loads(json.dumps(settings))
-        theirs = self.study.user_attrs.get("settings", ours)
-        check_same_settings(f"The trials in {file}", theirs, ours)
-        self.study.set_user_attr("settings", ours)
+        self.study_kwargs = {"storage": f"sqlite:///{file}", "study_name": name, "load_if_exists": True}
+        self.study = optuna.create_study(**self.study_kwargs, direction="maximize")
+        current = json.loads(json.dumps(settings))
+        saved = self.study.user_attrs.get("settings", current)
+        check_same_settings(f"The trials in {file}", saved, current)
+        self.study.set_user_attr("settings", current)
 
     def all(self) -> list[FrozenTrial]:
-        """All of them, as they are in the file."""
+        """All trials in the file."""
         return self.study.get_trials()
 
-    def ended(self) -> list[FrozenTrial]:
-        """Those that came to an end: complete, pruned, or failed with an error."""
-        ends = (TrialState.COMPLETE, TrialState.PRUNED)
-        return [trial for trial in self.all() if trial.state in ends or ERROR in trial.user_attrs]
+    def finished(self) -> list[FrozenTrial]:
+        """Trials that are complete, pruned, or failed with an error."""
+        finished = (TrialState.COMPLETE, TrialState.PRUNED)
+        return [trial for trial in self.all() if trial.state in finished or ERROR in trial.user_attrs]
 
     def repeat_interrupted(self) -> None:
-        """Puts the values of interrupted trials into the queue."""
+        """Enqueues the hyperparameters of interrupted trials."""
         for trial in self.all():
             if trial.state == TrialState.RUNNING:
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -60,15 +60,15 @@ class Trials:
                 self.study.enqueue_trial(trial.params, user_attrs={REPEATS: trial.number})
 
     def best(self) -> dict[str, Any]:
-        """The complete trial of the highest accuracy, as in :meth:`summaries`.
+        """The complete trial with the highest accuracy, as in :meth:`summaries`.
 
         Raises:
-            DataError: none is complete.
+            DataError: no trial is complete.
         """
         return best_of(self.summaries())
 
     def summaries(self) -> list[dict[str, Any]]:
-        """Of each that came to an end: ``number``, ``state``, ``params``, ``accuracy`` (of a pruned one: its last)."""
+        """``number``, ``state``, ``params`` and ``accuracy`` (pruned: the last one) of each finished trial."""
         return [
             {
                 "number": trial.number,
@@ -77,7 +77,7 @@ class Trials:
                 "accuracy": trial.value if trial.state == TrialState.COMPLETE else _last(trial),
                 **({ERROR: trial.user_attrs[ERROR]} if ERROR in trial.user_attrs else {}),
             }
-            for trial in self.ended()
+            for trial in self.finished()
         ]
 
 
@@ -86,16 +86,15 @@ def _last(trial: FrozenTrial) -> float | None:
 
 
 def best_of(trials: Sequence[Mapping[str, Any]]) -> Any:
-    """The complete trial of the highest accuracy, of trials as :meth:`Trials.summaries` gives them.
+    """The complete trial with the highest accuracy, of trials in the format of :meth:`Trials.summaries`.
 
     Raises:
-        DataError: none is complete.
+        DataError: no trial is complete.
     """
     complete = [trial for trial in trials if trial["state"] == "complete"]
     if not complete:
         errors = [trial[ERROR] for trial in trials if ERROR in trial]
         raise DataError(
-            f"At least one trial must come to its end, but of {len(trials)} none did. Errors: "
-            f"{'; '.join(dict.fromkeys(errors)) or 'none'}."
+            f"None of {len(trials)} trials was completed. Errors: {'; '.join(dict.fromkeys(errors)) or 'none'}."
         )
     return max(complete, key=lambda trial: trial["accuracy"])

@@ -1,14 +1,13 @@
-"""Tune a vision transformer to your images with ``transformers.Trainer``, by any method.
+"""Fine-tune a vision transformer for image classification with ``transformers.Trainer``.
 
-    python examples/train_image_classification.py                     # handwritten digits, nothing to download
+    python examples/train_image_classification.py                     # handwritten digits, no download
     python examples/train_image_classification.py --model google/vit-base-patch16-224-in21k --data my-images
     python examples/train_image_classification.py --model microsoft/swin-tiny-patch4-window7-224 --data beans \\
         --method vpt-shallow --seeds 0 1 2 --precision bf16 --push-to-hub me/beans-vpt
 
-``my-images`` holds one folder of images for each class, or ``train`` and ``test`` with such folders. The output holds
-the first seed's adapter with its image processor and model card, ``results.json``, a learning curve, a confusion matrix
-and, in a folder for each seed, Trainer's checkpoints: adapters, not backbones. ``torchrun`` starts it on several
-devices.
+``my-images`` contains one folder of images per class, or ``train`` and ``test`` with such folders. The output folder
+contains the first seed's adapter with image processor and model card, ``results.json``, a learning curve, a confusion
+matrix and, in one folder per seed, Trainer's checkpoints without the backbone. ``torchrun`` runs it on several devices.
 """
 
 from __future__ import annotations
@@ -25,82 +24,82 @@ from accelerate import PartialState
 from classification_output import Report, Run
 from images import DataError
 from trainer_data import DatasetDict, split
-from trainer_task import Task, add_options, complete
+from trainer_task import Task, add_options, set_defaults
 from trainer_tools import (
     PRECISIONS,
-    Pace,
-    accuracy_of,
+    Throughput,
     check_same_settings,
-    chosen,
+    compute_accuracy,
     last_checkpoint,
+    option_values,
     peak_memory,
-    quieted,
     training_arguments,
+    use_short_progress,
 )
-from training import METHODS, Method, Settings, be_quiet, check_least, learning_rate, load_backbone
+from training import METHODS, Method, Settings, check_minimum, learning_rate, load_backbone, silence_transformers
 from transformers import Trainer
 
 from vpt_peft import VPTError, adamw, get_vpt_model
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked and completed."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_options(parser)
     add = parser.add_argument
     add("--method", choices=METHODS, default="vpt-deep", help="default: %(default)s")
-    add("--num-tokens", type=int, help="prompt length, in place of the method's own")
-    add("--accumulate", type=int, default=1, metavar="N", help="an optimizer's step every N batches (default: 1)")
-    add("--learning-rate", type=learning_rate, help="in place of the method's own")
-    add("--head-learning-rate", type=learning_rate, help="in place of its own (default: --learning-rate, if given)")
+    add("--num-tokens", type=int, help="prompt length (default: the method's)")
+    add("--accumulate", type=int, default=1, metavar="N", help="gradient accumulation over N batches (default: 1)")
+    add("--learning-rate", type=learning_rate, help="default: the method's")
+    add("--head-learning-rate", type=learning_rate, help="default: --learning-rate if given, else the method's")
     add("--weight-decay", type=float, default=Settings.weight_decay, help="default: %(default)s")
-    add("--seeds", nargs="+", type=int, default=[0], help="one run each (default: 0)")
-    add("--keep-best", action="store_true", help="keep the epoch that was best on a tenth of the training images")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the computation (default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true", help="less memory for more time")
-    add("--workers", type=int, default=0, help="processes that load images (default: 0, the main one does)")
-    add("--resume", action="store_true", help="go on where an interrupted run of the same command stopped")
-    add("--push-to-hub", metavar="REPO", help="such as me/beans-vpt: upload what was trained, with its model card")
-    add("--private", action="store_true", help="create the repository as a private one")
+    add("--seeds", nargs="+", type=int, default=[0], help="one run per seed (default: 0)")
+    add("--keep-best", action="store_true", help="keep the best epoch on a tenth of the training images")
+    add("--precision", choices=PRECISIONS, default="fp32", help="mixed precision (default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--workers", type=int, default=0, help="processes for data loading (default: 0, the main process)")
+    add("--resume", action="store_true", help="continue an interrupted run of the same command")
+    add("--push-to-hub", metavar="REPO", help="upload the model with its card, for example to me/beans-vpt")
+    add("--private", action="store_true", help="create a private repository")
     add("--output", type=Path, default=Path("runs/train"), help="default: %(default)s")
-    args = complete(parser, parser.parse_args(argv))
-    check_least(parser, args, accumulate=1, workers=0)
+    args = set_defaults(parser, parser.parse_args(argv))
+    check_minimum(parser, args, accumulate=1, workers=0)
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds must be different numbers of at least 0, got {' '.join(map(str, args.seeds))}.")
+        parser.error(f"--seeds must be different and at least 0, got {' '.join(map(str, args.seeds))}.")
     if not args.resume and any(args.output.glob("seed-*/checkpoint-*")):
-        parser.error(f"{args.output} holds a run already. Add --resume to go on with it, or choose another --output.")
+        parser.error(f"{args.output} already contains a run. Add --resume to continue it, or choose another --output.")
     return args
 
 
 def check_settings(args: argparse.Namespace, task: Task) -> None:
-    """A run goes on with the settings that it began with; they are kept beside it."""
-    left_out = ("seeds", "resume", "workers", "push_to_hub", "private", "output")
+    """Checks the settings of a resumed run against those saved in the output folder, and saves them for a new run."""
+    excluded = ("seeds", "resume", "workers", "push_to_hub", "private", "output")
     file = args.output / "settings.json"
-    ours = chosen(args, [name for name in vars(args) if name not in left_out])
-    ours |= {"first seed": args.seeds[0], **task.contents}  # that seed draws which images are left out for testing
+    current = option_values(args, [name for name in vars(args) if name not in excluded])
+    current |= {"first seed": args.seeds[0], **task.contents}  # the first seed determines the test split
     state = PartialState()
     with state.main_process_first():
-        theirs = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else ours
-        check_same_settings(f"The run in {args.output}", theirs, ours)
+        saved = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.is_file() else current
+        check_same_settings(f"The run in {args.output}", saved, current)
         if state.is_main_process:
             args.output.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(ours, indent=1), encoding="utf-8")
+            file.write_text(json.dumps(current, indent=1), encoding="utf-8")
 
 
 def chosen_method(args: argparse.Namespace) -> Method:
-    """The method, with what the command line changes of it."""
+    """The method with the settings of the command line."""
     methods = METHODS if args.model else METHODS | digits.SMALL_METHODS
     method = methods[args.method].with_rates(args.learning_rate, args.head_learning_rate)
     config = method.config
     if args.num_tokens is not None:
         if config is None or config.num_tokens == 0:
-            raise DataError(f"--num-tokens is for methods with prompts, got --method {args.method}.")
+            raise DataError(f"--num-tokens requires a method with prompts, got --method {args.method}.")
         config = dataclasses.replace(config, num_tokens=args.num_tokens)
     return dataclasses.replace(method, config=config)
 
 
 def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDict, seed: int) -> Run:
-    """Trains and tests with one seed."""
+    """Trains and evaluates with one seed."""
     model = load_backbone(task.backbone, task.class_names, seed)
     tuned = model if method.config is None else get_vpt_model(model, method.config)
     folder = args.output / f"seed-{seed}"
@@ -119,18 +118,18 @@ def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDic
         gradient_checkpointing=args.gradient_checkpointing,
         dataloader_num_workers=args.workers,
     )
-    pace = Pace()
+    throughput = Throughput()
     rates = {"learning_rate": method.learning_rate, "head_learning_rate": method.head_learning_rate}
     trainer = Trainer(
         tuned,
         settings,
         train_dataset=task.for_training(splits["train"]),
         eval_dataset=task.for_testing(splits["validation" if args.keep_best else "test"]),
-        compute_metrics=accuracy_of,
+        compute_metrics=compute_accuracy,
         optimizer_cls_and_kwargs=adamw(tuned, **rates, weight_decay=args.weight_decay),
-        callbacks=[pace],
+        callbacks=[throughput],
     )
-    quieted(trainer, f"{method.title}, seed {seed}").train(
+    use_short_progress(trainer, f"{method.title}, seed {seed}").train(
         resume_from_checkpoint=last_checkpoint(folder) if args.resume else None
     )
     tested = trainer.predict(task.for_testing(splits["test"]))
@@ -140,8 +139,8 @@ def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDic
         accuracy=tested.metrics["test_accuracy"],
         loss=tested.metrics["test_loss"],
         parameters=sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad),
-        images_per_second=pace.images_per_second(len(splits["train"]), trainer.state.max_steps / args.epochs),
-        seconds=pace.seconds,
+        images_per_second=throughput.images_per_second(len(splits["train"]), trainer.state.max_steps / args.epochs),
+        seconds=throughput.seconds,
         memory_mib=memory,
         memory_of=kind,
         history=trainer.state.log_history,
@@ -155,7 +154,7 @@ def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDic
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the example."""
     args = arguments(argv)
-    be_quiet()
+    silence_transformers()
     try:
         method = chosen_method(args)
         task = Task.load(args, args.seeds[0])

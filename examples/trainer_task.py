@@ -1,4 +1,4 @@
-"""What to tune to what, for the examples with ``transformers.Trainer``: the options that say so, and what they load."""
+"""Backbone and dataset of the examples with ``transformers.Trainer``, and the command-line options for them."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ import torch
 import trainer_data as data
 from accelerate import PartialState
 from augmentation import RandomCropAndFlip
-from images import public_name
-from training import Settings, check_least
+from images import display_name
+from training import Settings, check_minimum
 
-DIGITS_MIN_CROP, MIN_CROP = 0.7, 0.08  # a small part of a digit is no digit
+DIGITS_MIN_CROP, MIN_CROP = 0.7, 0.08  # small crops of a digit are unrecognisable
 KINDS = {"vit": "small ViT", "swin": "small Swin"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options for the model, the data and what is done to images."""
+    """Adds options for the model, the dataset and the augmentation."""
     add = parser.add_argument
-    add("--model", help="a checkpoint's name on the Hub or its folder; left out, a small one is pretrained on digits")
-    add("--data", help="your images: a folder of class folders, with or without train/ and test/, or a Hub data set")
-    add("--image-column", help="of the data set; default: the one that holds images")
-    add("--label-column", help="of the data set; default: the one that holds classes")
-    add("--backbone", choices=KINDS, default="vit", help="what to pretrain on digits (default: vit)")
-    add("--min-crop", type=float, help=f"smallest part of an image (default: {MIN_CROP}, digits: {DIGITS_MIN_CROP})")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of them (default: yes, but not the digits)")
+    add(
+        "--model",
+        help="a checkpoint's name on the Hub or its folder (default: a small one is pretrained on digits)",
+    )
+    add("--data", help="a folder with one folder per class, with or without train/ and test/, or a dataset on the Hub")
+    add("--image-column", help="default: the column with images")
+    add("--label-column", help="default: the column with classes")
+    add("--backbone", choices=KINDS, default="vit", help="backbone to pretrain on digits (default: vit)")
+    add("--min-crop", type=float, help=f"minimum area of random crops (default: {MIN_CROP}, digits: {DIGITS_MIN_CROP})")
+    add("--flip", action=argparse.BooleanOptionalAction, help="random horizontal flips (default: yes, digits: no)")
     add("--epochs", type=int, help=f"default: {Settings.epochs}, digits: {digits.EPOCHS}")
-    add("--batch-size", type=int, default=Settings.batch_size, help="of each device (default: %(default)s)")
+    add("--batch-size", type=int, default=Settings.batch_size, help="per device (default: %(default)s)")
 
 
-def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """The command line with the defaults that depend on the data."""
+def set_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Checks the options and sets defaults that depend on the dataset."""
     if bool(args.model) != bool(args.data):
-        parser.error("--model and --data belong together: give both, or neither for the handwritten digits.")
-    own = args.model is not None
+        parser.error("--model and --data must be given together, or neither of them for the handwritten digits.")
+    has_data = args.model is not None
     if args.epochs is None:
-        args.epochs = Settings.epochs if own else digits.EPOCHS
+        args.epochs = Settings.epochs if has_data else digits.EPOCHS
     if args.min_crop is None:
-        args.min_crop = MIN_CROP if own else DIGITS_MIN_CROP
-    args.flip = own if args.flip is None else args.flip
-    check_least(parser, args, epochs=1, batch_size=1)
+        args.min_crop = MIN_CROP if has_data else DIGITS_MIN_CROP
+    args.flip = has_data if args.flip is None else args.flip
+    check_minimum(parser, args, epochs=1, batch_size=1)
     if not 0 < args.min_crop <= 1:
         parser.error(f"--min-crop must be above 0 and at most 1, got {args.min_crop:g}.")
     return args
@@ -51,15 +54,15 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
 
 @dataclass(frozen=True)
 class Task:
-    """A backbone and images to tune it to.
+    """A backbone and the dataset to fine-tune it on.
 
     Attributes:
         backbone: the checkpoint's name or folder.
-        model, data: what to call them elsewhere, without where they lie on this machine.
-        training_data: the data for a model card, where a folder's name must not pass for a data set of the Hub.
+        model, data: their names for reports, without paths of this machine.
+        training_data: the dataset's name for the model card, where a folder must not look like a dataset on the Hub.
         processor: the checkpoint's image processor.
         splits: ``train`` and ``test``, with the columns ``image`` and ``label``.
-        augmentation: for training images.
+        augmentation: of training images.
     """
 
     backbone: str
@@ -72,16 +75,16 @@ class Task:
 
     @classmethod
     def load(cls, args: argparse.Namespace, seed: int) -> Task:
-        """What the command line asks for. Of several processes, one pretrains and reads first.
+        """Loads backbone and dataset. With several processes, the main one pretrains and downloads first.
 
         Raises:
-            DataError: nothing usable is there.
+            DataError: the model or the dataset cannot be used.
         """
-        state = PartialState(cpu=not torch.accelerator.is_available())  # as training_arguments has it
+        state = PartialState(cpu=not torch.accelerator.is_available())  # as in training_arguments
         if args.model:
             with state.main_process_first():
                 splits = data.load_data(args.data, seed, args.image_column, args.label_column)
-            backbone, model, name = args.model, public_name(args.model), public_name(args.data)
+            backbone, model, name = args.model, display_name(args.model), display_name(args.data)
             training_data = f"{name} (a folder)" if Path(args.data).is_dir() else name
         else:
             backbone, model, name = str(args.output / "backbone"), KINDS[args.backbone], "handwritten digits 5 to 9"
@@ -90,7 +93,7 @@ class Task:
                 print(f"Pretraining a {model} on the handwritten digits 0 to 4.")
                 digits.pretrain(args.backbone, Path(backbone), digits.PRETRAINING_EPOCHS, seed)
             state.wait_for_everyone()
-            train_set, test_set = (data.from_images(images) for images in digits.new_task(seed))
+            train_set, test_set = (data.to_dataset(images) for images in digits.new_task(seed))
             splits = data.DatasetDict(train=train_set, test=test_set)
         processor = data.load_image_processor(backbone)
         size = data.processed_size(processor)
@@ -99,29 +102,29 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What is tuned to what."""
+        """Model and dataset."""
         return f"{self.model}, {self.data}"
 
     @property
     def base_model(self) -> str | None:
-        """The checkpoint's name on the Hub; None: it is not from there."""
+        """The checkpoint's name on the Hub; None: a local folder."""
         return None if Path(self.backbone).is_dir() else self.backbone
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What tells these images from others of the same name."""
-        numbers = {f"{name} images": len(rows) for name, rows in self.splits.items()}
-        return {**numbers, "classes": self.class_names}
+        """Properties that distinguish datasets of the same name."""
+        counts = {f"{name} images": len(rows) for name, rows in self.splits.items()}
+        return {**counts, "classes": self.class_names}
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of their numbers."""
+        """Class names by label."""
         return self.splits["train"].features[data.LABEL].names
 
     def for_training(self, rows: data.Dataset) -> data.Dataset:
-        """The rows as a model reads them, cropped at random."""
-        return data.prepared(rows, self.processor, self.augmentation)
+        """Model inputs with augmentation."""
+        return data.with_preprocessing(rows, self.processor, self.augmentation)
 
     def for_testing(self, rows: data.Dataset) -> data.Dataset:
-        """The rows as a model reads them, resized by the image processor."""
-        return data.prepared(rows, self.processor)
+        """Model inputs without augmentation."""
+        return data.with_preprocessing(rows, self.processor)

@@ -1,4 +1,4 @@
-"""What the examples with ``transformers.Trainer`` share: settings, progress, accuracy, speed and memory."""
+"""Shared by the examples with ``transformers.Trainer``: settings, progress, accuracy, throughput and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import DataError, public_name
+from images import DataError, display_name
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -19,61 +19,61 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def training_arguments(kind: Any = TrainingArguments, **values: Any) -> Any:
-    """Trainer's settings: a cosine schedule behind 10 % of warm-up, an evaluation an epoch, nothing reported elsewhere.
+    """Settings of Trainer: cosine schedule with 10 % warmup, evaluation after each epoch, no reporting integrations.
 
     Args:
-        kind: :class:`TrainingArguments` or a class of your own below it.
-        values: further ones, and ``gradient_checkpointing`` and ``precision``.
+        kind: :class:`TrainingArguments` or a subclass.
+        values: further settings, with ``gradient_checkpointing`` and ``precision`` for all versions.
     """
     precision = values.pop("precision", "fp32")
     if values.pop("gradient_checkpointing", False):
         names = {field.name for field in dataclasses.fields(TrainingArguments)}
-        # Newer versions of transformers have a new name for it.
-        new = "activation_checkpointing" in names
-        values["activation_checkpointing" if new else "gradient_checkpointing"] = True
+        # The new name in newer versions of transformers.
+        new_name, old_name = "activation_checkpointing", "gradient_checkpointing"
+        values[new_name if new_name in names else old_name] = True
     common = {
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,  # below 1: as share of all steps
+        "warmup_steps": 0.1,  # below 1: a fraction of all steps
         "eval_strategy": "epoch",
         "logging_strategy": "epoch",
         "report_to": "none",
         "disable_tqdm": False,
-        "remove_unused_columns": False,  # the images become pixel_values only when they are asked for
+        "remove_unused_columns": False,  # pixel_values are computed from images on access
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # several processes of one CPU have to be asked for
+        "use_cpu": not torch.accelerator.is_available(),  # required for several processes on a CPU
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
     }
     return kind(**{**common, **values})
 
 
-def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """What options were set to; of a folder of a model or of data the name, not where it lies on this machine."""
+def option_values(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Values of options. Of the folders of model and data, only the names, without paths of this machine."""
     values = {name: getattr(args, name) for name in names}
-    return values | {name: values[name] and public_name(values[name]) for name in ("model", "data")}
+    return values | {name: values[name] and display_name(values[name]) for name in ("model", "data")}
 
 
-def check_same_settings(holder: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """What was begun goes on with the settings that it began with.
+def check_same_settings(source: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Checks that a run is continued with its original settings.
 
     Args:
-        holder: what had them, as the beginning of a sentence.
+        source: what the settings were saved with, as the subject of the error message.
 
     Raises:
-        DataError: one of ours is another.
+        DataError: a setting differs.
     """
-    other = [f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value]
-    if other:
-        raise DataError(f"{holder} had {'; '.join(other)}. Use the same settings, or choose another --output.")
+    changed = [f"{name} {saved.get(name)}, not {value}" for name, value in current.items() if saved.get(name) != value]
+    if changed:
+        raise DataError(f"{source} had {'; '.join(changed)}. Use the same settings, or choose another --output.")
 
 
-def accuracy_of(prediction: EvalPrediction) -> dict[str, float]:
-    """Percent of the images whose largest logit is that of their class, for ``compute_metrics``."""
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 accuracy in percent, for ``compute_metrics``."""
     return {"accuracy": 100 * float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 class Progress(ProgressCallback):
-    """Trainer's progress bar, with one short line an epoch in place of dictionaries."""
+    """Trainer's progress bar, with one short line per epoch instead of dictionaries."""
 
     def __init__(self, title: str = "") -> None:
         super().__init__()
@@ -89,12 +89,12 @@ class Progress(ProgressCallback):
         self.loss = float(logs.get("loss", self.loss))
         if self.training_bar is not None and "eval_accuracy" in logs:
             epoch = f"epoch {logs['epoch']:.0f} of {args.num_train_epochs:.0f}"
-            measured = f"loss {self.loss:.3f}, accuracy {logs['eval_accuracy']:.1f} %"
-            self.training_bar.write(f"{epoch}: {measured}", file=sys.stderr)
+            metrics = f"loss {self.loss:.3f}, accuracy {logs['eval_accuracy']:.1f} %"
+            self.training_bar.write(f"{epoch}: {metrics}", file=sys.stderr)
 
 
-class Pace(TrainerCallback):
-    """Measures how many images a second training takes in, evaluations and saving left out."""
+class Throughput(TrainerCallback):
+    """Measures training throughput without evaluation and saving."""
 
     def __init__(self) -> None:
         self.seconds, self.steps = 0.0, 0
@@ -109,20 +109,20 @@ class Pace(TrainerCallback):
         self.seconds += time.perf_counter() - self._start
         self.steps += state.global_step - self._first
 
-    def images_per_second(self, images: int, steps_an_epoch: float) -> float:
-        """The pace, where ``steps_an_epoch`` steps see ``images``."""
-        return images * self.steps / steps_an_epoch / self.seconds if self.seconds else 0.0
+    def images_per_second(self, num_images: int, steps_per_epoch: float) -> float:
+        """Images per second, given the number of images and steps in an epoch."""
+        return num_images * self.steps / steps_per_epoch / self.seconds if self.seconds else 0.0
 
 
-def quieted(trainer: Trainer, title: str) -> Trainer:
-    """The trainer with :class:`Progress` for its progress bar."""
+def use_short_progress(trainer: Trainer, title: str) -> Trainer:
+    """Replaces the trainer's progress bar by :class:`Progress`."""
     trainer.pop_callback(ProgressCallback)
     trainer.add_callback(Progress(title))
     return trainer
 
 
 def peak_memory() -> tuple[float, str]:
-    """The most memory in MiB so far, and whose: the accelerator's tensors, or else the whole process."""
+    """Peak memory in MiB so far, and of what: tensors on the GPU, or the whole process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20, "GPU"
     try:
@@ -134,6 +134,6 @@ def peak_memory() -> tuple[float, str]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most steps in a folder of Trainer's."""
+    """The latest checkpoint in an output folder of Trainer."""
     found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,4 +1,4 @@
-"""What the examples and benchmarks share: methods with their settings, the training loop, evaluation, result tables."""
+"""Shared by the examples and benchmarks: fine-tuning methods, the training loop, evaluation, and result tables."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Method:
-    """A way to tune a backbone: the adapter that it trains (None: the whole model) and the learning rates it likes.
+    """A fine-tuning method with its default learning rates.
 
-    ``head_learning_rate`` None: one for all.
+    Attributes:
+        config: the adapter that is trained; None: full fine-tuning.
+        head_learning_rate: None: ``learning_rate``.
     """
 
     title: str
@@ -36,7 +38,7 @@ class Method:
     head_learning_rate: float | None = None
 
     def with_rates(self, learning_rate: float | None, head_learning_rate: float | None) -> Method:
-        """The method with these learning rates, as far as they are given. The first one alone is for the head too."""
+        """The method with other learning rates; None: unchanged. ``learning_rate`` alone applies to the head too."""
         rates = self.learning_rate, self.head_learning_rate
         if learning_rate is not None:
             rates = learning_rate, None
@@ -45,7 +47,7 @@ class Method:
         return dataclasses.replace(self, learning_rate=rates[0], head_learning_rate=rates[1])
 
     def attach(self, model: Any) -> Any:
-        """What trains: the backbone with an adapter on it, or, for full fine-tuning, the backbone itself."""
+        """The model to train: the backbone with an adapter or, for full fine-tuning, the backbone itself."""
         return model if self.config is None else get_vpt_model(model, self.config)
 
 
@@ -60,11 +62,11 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: AdamW, with the learning rate rising over the first tenth of the steps and falling as a cosine.
+    """Training settings. The optimizer is AdamW, with linear warmup over a tenth of the steps and cosine decay.
 
     Attributes:
-        flip: mirror half of the images; only where a mirrored image keeps its class.
-        precision: "float32", or "bfloat16" for automatic mixed precision; what trains is kept in float32.
+        flip: random horizontal flips, for classes that do not depend on orientation.
+        precision: "float32", or "bfloat16" for automatic mixed precision; weights are float32 in both cases.
     """
 
     epochs: int = 15
@@ -76,14 +78,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a method reached.
+    """Result of fine-tuning by one method.
 
     Attributes:
-        accuracy: percent of the test images.
-        parameters: number of trained parameters; ``share``: them as percent of the bare backbone's.
+        accuracy: test accuracy in percent.
+        parameters: number of trained parameters.
+        share: trained parameters in percent of the bare backbone's parameters.
         size: bytes of the saved folder.
-        seconds: time of training.
-        logits: ``(num_test_images, num_classes)``.
+        seconds: training time.
+        logits: of the test images, ``(num_images, num_classes)``.
     """
 
     method: Method
@@ -96,42 +99,42 @@ class Result:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Share of the full learning rate at a step counted from 0: a linear rise, then half a cosine down to 0."""
-    rise = max(1, steps // 10)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    """Factor of the learning rate at a step, counted from 0: linear warmup, then cosine decay to 0."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def head_parameters(model: Any) -> set[nn.Parameter]:
-    """The head's parameters: the active adapter's, PEFT's, or those of a model that is tuned as it is."""
+    """Parameters of the classification head: the active adapter's, or the trainable ones of a PEFT or plain model."""
     if isinstance(model, VPTModel):
         adapter = model.adapters[model.active_adapter]
-        return {tensor for name, tensor in adapter.tensors().items() if name.startswith("head.")}
+        return {tensor for name, tensor in adapter.state_dict(keep_vars=True).items() if name.startswith("head.")}
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {parameter for parameter in bare.classifier.parameters() if parameter.requires_grad}
 
 
-def groups(model: nn.Module, learning_rate: float, head_learning_rate: float | None) -> list[dict[str, Any]]:
-    """What requires gradients, for an optimizer: the head apart from the rest."""
+def optimizer_groups(model: nn.Module, learning_rate: float, head_learning_rate: float | None) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer: trainable parameters without the head, and the head."""
     head = head_parameters(model)
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in head]
-    found = [
+    groups = [
         {"params": rest, "lr": learning_rate},
         {"params": list(head), "lr": learning_rate if head_learning_rate is None else head_learning_rate},
     ]
-    return [group for group in found if group["params"]]
+    return [group for group in groups if group["params"]]
 
 
-def size_options(model: Any, pixel_values: Tensor) -> dict[str, bool]:
-    """What to call a model with: positions are interpolated where images have another size than in pretraining."""
+def size_kwargs(model: Any, pixel_values: Tensor) -> dict[str, bool]:
+    """Forward arguments: position embeddings are interpolated if the image size differs from the pretraining's."""
     size = model.config.image_size
     expected = (size, size) if isinstance(size, int) else tuple(size)
     return {} if tuple(pixel_values.shape[-2:]) == expected else {"interpolate_pos_encoding": True}
 
 
-def computing_in(precision: str) -> torch.autocast:
-    """The precision of what is computed inside, see :class:`Settings`."""
+def autocast_to(precision: str) -> torch.autocast:
+    """Autocast context for a precision, see :class:`Settings`."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -144,10 +147,10 @@ def train(
     title: str,
     head_learning_rate: float | None = None,
 ) -> float:
-    """Trains what requires gradients, with a progress bar. Returns the seconds that it took."""
+    """Trains all parameters that require gradients, with a progress bar. Returns the training time in seconds."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = groups(model, learning_rate, head_learning_rate)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
+    groups = optimizer_groups(model, learning_rate, head_learning_rate)
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(images) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     model.train()
@@ -158,8 +161,8 @@ def train(
                 batch = images.pixel_values(augment(images.images[indices], generator, settings.flip))
                 labels = images.labels[indices].to(DEVICE)
                 optimizer.zero_grad()
-                with computing_in(settings.precision):
-                    loss = model(pixel_values=batch.to(DEVICE), labels=labels, **size_options(model, batch)).loss
+                with autocast_to(settings.precision):
+                    loss = model(pixel_values=batch.to(DEVICE), labels=labels, **size_kwargs(model, batch)).loss
                 loss.backward()
                 optimizer.step()
                 schedule.step()
@@ -175,24 +178,24 @@ def predict(model: nn.Module, images: ImageSet, batch_size: int = 64, precision:
     logits = []
     for batch in tqdm(images.images.split(batch_size), desc="Testing", unit="batch", leave=False):
         pixel_values = images.pixel_values(batch).to(DEVICE)
-        with computing_in(precision):
-            logits.append(model(pixel_values=pixel_values, **size_options(model, pixel_values)).logits.float().cpu())
+        with autocast_to(precision):
+            logits.append(model(pixel_values=pixel_values, **size_kwargs(model, pixel_values)).logits.float().cpu())
     return torch.cat(logits)
 
 
 def accuracy(logits: Tensor, images: ImageSet) -> float:
-    """Percent of the images whose largest logit is that of their class."""
+    """Top-1 accuracy in percent."""
     return 100 * (logits.argmax(dim=-1) == images.labels).float().mean().item()
 
 
 def load_backbone(name: str, class_names: Sequence[str], seed: int, precision: str = "float32") -> Any:
-    """A checkpoint, in float32 on :data:`DEVICE`, with a new head for these classes, drawn at random.
+    """Loads a checkpoint in float32 onto :data:`DEVICE`, with a new, randomly initialised head for these classes.
 
     Args:
-        precision: what it will compute in, see :class:`Settings`; its weights are in float32 all the same.
+        precision: see :class:`Settings`; selects the attention implementation, weights are float32 in any case.
     """
     torch.manual_seed(seed)
-    # In bfloat16 on a CPU, training takes 1.3 times as long with PyTorch's fused attention.
+    # In bfloat16 on a CPU, training with PyTorch's fused attention takes 1.3 times as long.
     attention = "eager" if precision == "bfloat16" and DEVICE.type == "cpu" else None
     model = AutoModelForImageClassification.from_pretrained(
         name,
@@ -204,19 +207,19 @@ def load_backbone(name: str, class_names: Sequence[str], seed: int, precision: s
         attn_implementation=attention,
     )
     if isinstance(getattr(model, "classifier", None), nn.Linear):
-        model.classifier.reset_parameters()  # one that happens to have as many classes is not kept either
+        model.classifier.reset_parameters()  # also if the checkpoint's head has as many classes
     return model.to(DEVICE)
 
 
 def tune(
     model: Any, method: Method, images: tuple[ImageSet, ImageSet], settings: Settings, seed: int, folder: Path
 ) -> Result:
-    """Tunes a backbone to a task by one method, tests it, and saves what was trained.
+    """Fine-tunes a backbone by one method, evaluates it, and saves the adapter (full fine-tuning: the model).
 
     Args:
-        model: as :func:`load_backbone` gives it. Only full fine-tuning changes it.
-        images: of training and testing.
-        folder: where to save the adapter (full fine-tuning: the model).
+        model: from :func:`load_backbone`. Only full fine-tuning changes it.
+        images: training and test images.
+        folder: where to save to.
     """
     train_set, test_set = images
     backbone_size = model.base_model.num_parameters()
@@ -233,18 +236,18 @@ def tune(
     return Result(method, accuracy(logits, test_set), parameters, share, size, seconds, logits)
 
 
-def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Ends the program with a message if an option, or one of its values, is below its least; None is left out."""
-    for name, value in least.items():
+def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, **minimums: int) -> None:
+    """Exits with an error message if an option, or one of its values, is below its minimum. None is accepted."""
+    for name, minimum in minimums.items():
         given = getattr(args, name)
         values = given if isinstance(given, list) else [] if given is None else [given]
-        if any(one < value for one in values):
-            shown = " ".join(map(str, values))
-            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {shown}.")
+        if any(value < minimum for value in values):
+            got = " ".join(map(str, values))
+            parser.error(f"--{name.replace('_', '-')} must be at least {minimum}, got {got}.")
 
 
 def learning_rate(text: str) -> float:
-    """A learning rate of the command line."""
+    """Parses a learning rate on the command line."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
@@ -252,7 +255,7 @@ def learning_rate(text: str) -> float:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is the heading, the first column stands left."""
+    """A Markdown table with aligned columns. The first row is the header; the first column is left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -263,7 +266,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in (rows[0], rule, *rows[1:]))
 
 
-def be_quiet() -> None:
-    """Leaves out transformers' notes on loading: that a head is new is no surprise here."""
+def silence_transformers() -> None:
+    """Disables transformers' progress bars and messages, such as those about a newly initialised head."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

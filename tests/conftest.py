@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 from PIL import Image
 
 HUB = HubServer()
 HUB.take_process()  # before the client is imported, which reads its address then; no test reaches the network
 
-from tiny import BUILDERS, Tiny  # noqa: E402
+from helpers.models import BUILDERS, Tiny  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -29,7 +29,7 @@ BAD = [
     ({"layers_to_transform": ["0"]}, "layers_to_transform must be"),
     ({"modules_to_save": "mlp"}, "modules_to_save must be None or a list of module names, got 'mlp'."),
     ({"revision": 3}, "revision must be a string or None, got 3."),
-    ({"deep": False, "layers_to_transform": [2]}, "deep=False puts fresh prompts into layer 0 only"),
+    ({"deep": False, "layers_to_transform": [2]}, "deep=False uses fresh prompts in layer 0 only"),
     ({"num_tokens": 0, "pooling": "prompt"}, "reads prompts, got num_tokens=0"),
 ]
 

@@ -17,7 +17,7 @@ import pytest
 import vpt_peft
 
 REPOSITORY = Path(__file__).parent.parent
-PACKAGE = Path(vpt_peft.__file__).parent
+PACKAGE = Path(str(vpt_peft.__file__)).parent
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -26,43 +26,56 @@ MODULES = {
 # Top first: a module imports only from modules further down.
 LAYERS = [
     "vpt_peft",
-    "vpt_peft.auto",
+    "vpt_peft.convert.__main__",
     "vpt_peft.convert",
-    "vpt_peft.trainer",
+    "vpt_peft.convert.command",
+    "vpt_peft.convert.checkpoint",
+    "vpt_peft.convert.official",
+    "vpt_peft.convert.pth",
+    "vpt_peft.training",
+    "vpt_peft.training.callbacks",
+    "vpt_peft.training.optimizer",
+    "vpt_peft.auto",
     "vpt_peft.model",
-    "vpt_peft.saving",
-    "vpt_peft.origin",
+    "vpt_peft.model.vpt_model",
+    "vpt_peft.model.saving",
+    "vpt_peft.model.pretrained",
+    "vpt_peft.model.status",
+    "vpt_peft.model.loss",
+    "vpt_peft.model.mixed_batch",
     "vpt_peft.hub",
-    "vpt_peft.card",
-    "vpt_peft.checkpoint",
-    "vpt_peft.folder",
-    "vpt_peft.weights",
-    "vpt_peft.files",
-    "vpt_peft.prompted",
-    "vpt_peft.pretrained",
-    "vpt_peft.state",
-    "vpt_peft.status",
-    "vpt_peft.batch",
+    "vpt_peft.hub.card",
+    "vpt_peft.hub.transfer",
+    "vpt_peft.hub.provenance",
+    "vpt_peft.hub.repo_ids",
+    "vpt_peft.io",
+    "vpt_peft.io.folder",
+    "vpt_peft.io.weights",
+    "vpt_peft.io.state_dict",
+    "vpt_peft.io.atomic",
+    "vpt_peft.injection",
+    "vpt_peft.injection.injector",
+    "vpt_peft.injection.hooks",
+    "vpt_peft.injection.attention",
+    "vpt_peft.injection.masks",
+    "vpt_peft.injection.prompt_batch",
+    "vpt_peft.injection.overrides",
+    "vpt_peft.injection.context",
     "vpt_peft.adapter",
-    "vpt_peft.copies",
-    "vpt_peft.dense",
-    "vpt_peft.routes",
-    "vpt_peft.routes.attachment",
-    "vpt_peft.routes.heads",
-    "vpt_peft.routes.layers",
-    "vpt_peft.routes.attention",
-    "vpt_peft.routes.seating",
-    "vpt_peft.routes.masks",
-    "vpt_peft.routes.cache",
-    "vpt_peft.routes.doors",
-    "vpt_peft.passes",
-    "vpt_peft.plan",
-    "vpt_peft.prompts",
-    "vpt_peft.authors",
-    "vpt_peft.pth",
+    "vpt_peft.adapter.adapter",
+    "vpt_peft.adapter.modules",
+    "vpt_peft.adapter.dequantize",
+    "vpt_peft.adapter.labels",
+    "vpt_peft.adapter.plan",
+    "vpt_peft.adapter.prompts",
+    "vpt_peft.adapter.projection_cache",
     "vpt_peft.backbones",
-    "vpt_peft.architectures",
-    "vpt_peft.names",
+    "vpt_peft.backbones.backbone",
+    "vpt_peft.backbones.vit",
+    "vpt_peft.backbones.beit",
+    "vpt_peft.backbones.upernet",
+    "vpt_peft.backbones.swin",
+    "vpt_peft.backbones.architecture",
     "vpt_peft.config",
     "vpt_peft.errors",
     "vpt_peft.version",
@@ -84,6 +97,8 @@ random_state = torch.get_rng_state()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import vpt_peft
+    for name in vpt_peft.__all__:
+        getattr(vpt_peft, name)
 seen += [str(warning.message) for warning in caught]
 seen += [] if torch.equal(torch.get_rng_state(), random_state) else ["random numbers were drawn"]
 print(seen)
@@ -92,15 +107,31 @@ print(seen)
 
 def test_importing_the_package_does_nothing_else() -> None:
     others = {line for path in MODULES.values() for line in others_imported_by(path)}
-    theirs = "\n".join(sorted(others))  # what they do when imported is not our doing
+    theirs = "\n".join(sorted(others))  # what other packages do when they are imported does not count
     script = [sys.executable, "-c", theirs + IMPORT_AND_TELL]
     run = subprocess.run(script, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
     assert run.stderr.partition(OURS)[2] == ""
 
 
+def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, vpt_peft; dir(vpt_peft); print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_using_the_package_does_not_load_trainer_or_peft() -> None:
+    code = """
+import sys, transformers
+transformers.ViTForImageClassification
+before = set(sys.modules)
+from vpt_peft import PromptConfig, VPTModel, adamw, get_vpt_model, parameter_groups
+print([name for name in ("transformers.trainer", "accelerate", "peft", "datasets") if name in set(sys.modules) - before])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def others_imported_by(path: Path) -> Iterator[str]:
-    """A module's own statements that import what is of other packages."""
+    """The top-level imports of a module from other packages."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         is_other = isinstance(node, ast.ImportFrom) and node.level == 0 and node.module != "__future__"
         if isinstance(node, ast.Import) or is_other:

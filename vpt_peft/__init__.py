@@ -1,18 +1,28 @@
-"""Visual Prompt Tuning for the vision transformers of ``transformers``."""
+"""Visual Prompt Tuning for the vision transformers of ``transformers``.
 
-from .architectures import Architecture, Head, register_architecture
-from .auto import (
-    AutoVPTModel,
-    AutoVPTModelForFeatureExtraction,
-    AutoVPTModelForImageClassification,
-    AutoVPTModelForMaskedImageModeling,
-    AutoVPTModelForSemanticSegmentation,
-)
-from .config import PromptConfig
-from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
-from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
-from .trainer import PushAdapter, adamw, parameter_groups
+Public names are imported when they are used: ``import vpt_peft`` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .auto import (
+        AutoVPTModel,
+        AutoVPTModelForFeatureExtraction,
+        AutoVPTModelForImageClassification,
+        AutoVPTModelForMaskedImageModeling,
+        AutoVPTModelForSemanticSegmentation,
+    )
+    from .backbones import Architecture, Head, register_architecture
+    from .config import PromptConfig
+    from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
+    from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
+    from .training import PushAdapter, adamw, parameter_groups
 
 __all__ = [
     "AdapterError",
@@ -39,3 +49,28 @@ __all__ = [
     "register_architecture",
     "set_adapter_state_dict",
 ]
+
+_MODULES = {
+    "auto": (
+        "AutoVPTModel", "AutoVPTModelForFeatureExtraction", "AutoVPTModelForImageClassification",
+        "AutoVPTModelForMaskedImageModeling", "AutoVPTModelForSemanticSegmentation",
+    ),
+    "backbones": ("Architecture", "Head", "register_architecture"),
+    "config": ("PromptConfig",),
+    "errors": ("AdapterError", "CheckpointError", "ConfigError", "RouteError", "UnsupportedModelError", "VPTError"),
+    "model": ("VPTModel", "get_adapter_state_dict", "get_vpt_model", "set_adapter_state_dict"),
+    "training": ("PushAdapter", "adamw", "parameter_groups"),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

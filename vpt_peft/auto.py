@@ -1,19 +1,15 @@
-"""AutoVPTModel: finds the backbone of an adapter by itself."""
+"""AutoVPTModel: loads an adapter together with its backbone."""
 
 from __future__ import annotations
 
 import os
 from typing import Any, ClassVar
 
-import transformers
-
 from . import hub
 from .config import PromptConfig
-from .errors import CheckpointError, shown
-from .folder import open_folder
+from .errors import CheckpointError, safe_repr
+from .io import open_folder
 from .model import VPTModel
-from .names import is_folder, is_repository
-from .origin import as_commit
 
 BACKBONE_CLASSES = {
     "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
@@ -24,12 +20,12 @@ BACKBONE_CLASSES = {
 
 
 class AutoVPTModel:
-    """Loads an adapter together with the backbone that its config names, for whichever task it was trained."""
+    """Loads an adapter and the backbone that its config names, for any task."""
 
     task_type: ClassVar[str | None] = None
 
     def __init__(self) -> None:
-        raise TypeError(f"{type(self).__name__} is not made but loaded: use {type(self).__name__}.from_pretrained().")
+        raise TypeError(f"{type(self).__name__} has no instances: use {type(self).__name__}.from_pretrained().")
 
     @classmethod
     def from_pretrained(
@@ -48,27 +44,27 @@ class AutoVPTModel:
         """Loads backbone and adapter.
 
         Args:
-            model_id: the adapter's folder, or its repository on the Hub.
-            revision, subfolder: of the adapter; the backbone's revision is the one that the adapter was trained on.
-            model_kwargs: for the backbone's ``from_pretrained``, such as ``dtype`` or ``device_map``. Only those here
-                let it run code of its repository (``trust_remote_code=True``) or read pickled weights
-                (``use_safetensors=False``): what an adapter names is not trusted.
+            model_id: folder or Hub repository of the adapter.
+            revision, subfolder: of the adapter; the backbone is loaded at the revision the adapter was trained on.
+            model_kwargs: for the backbone's ``from_pretrained``, such as ``dtype`` or ``device_map``. The backbone
+                named by an adapter is not trusted: running code of its repository (``trust_remote_code=True``) and
+                reading pickled weights (``use_safetensors=False``) must be allowed here.
 
         Raises:
-            CheckpointError: no backbone is named or it cannot be loaded, the adapter is for another task, or it is
-                damaged.
+            CheckpointError: the config names no backbone, it cannot be loaded, or the adapter is damaged or for another
+                task.
         """
         source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         with hub.pulled(model_id, revision=revision, subfolder=subfolder, **source) as folder:
             with open_folder(folder) as saved:
                 config = saved.config
-            name = _check_names(cls.__name__, cls.task_type, config, model_id)
+            name = _backbone_name(cls.__name__, cls.task_type, config, model_id)
             model = _load_backbone(name, config, model_id, {**source, **model_kwargs})
             return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable)
 
 
-def _check_names(loader: str, task_type: str | None, config: PromptConfig, model_id: object) -> str:
-    """The backbone's name; raises CheckpointError if there is none, or the adapter is for another task."""
+def _backbone_name(loader: str, task_type: str | None, config: PromptConfig, model_id: object) -> str:
+    """Name of the backbone; raises CheckpointError if there is none, or the adapter is for another task."""
     if config.base_model_name_or_path is None:
         raise CheckpointError(
             f"Expected an adapter that names its backbone, got base_model_name_or_path=None in '{model_id}'. "
@@ -83,43 +79,45 @@ def _check_names(loader: str, task_type: str | None, config: PromptConfig, model
 
 
 def _load_backbone(name: str, config: PromptConfig, model_id: object, options: dict[str, Any]) -> Any:
-    if not is_folder(name) and not is_repository(name):
+    if not hub.is_folder(name) and not hub.is_repo_id(name):
         raise CheckpointError(
-            f"The adapter '{model_id}' was trained on {shown(name)}, which is neither a folder here nor the name of a "
-            "repository. Load its backbone yourself and use VPTModel.from_pretrained(model, ...)."
+            f"The adapter '{model_id}' was trained on {safe_repr(name)}, which is neither an existing folder nor the "
+            "name of a repository. Load its backbone yourself and use VPTModel.from_pretrained(model, ...)."
         )
+    import transformers  # here, since it is needed only to load a backbone
+
     backbone_class = getattr(transformers, BACKBONE_CLASSES[str(config.task_type)])
     options = {"trust_remote_code": False, "use_safetensors": True, "revision": config.revision or "main", **options}
     try:
         model = backbone_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:  # what transformers makes of the client's errors
+    except (OSError, ValueError) as error:  # transformers turns the Hub client's errors into these
         raise CheckpointError(
-            f"The backbone {shown(name)} of the adapter '{model_id}' cannot be loaded: {error}"
+            f"The backbone {safe_repr(name)} of the adapter '{model_id}' cannot be loaded: {error}"
         ) from error
     if getattr(model.config, "_commit_hash", None) is None:
-        model.config._commit_hash = as_commit(config)  # as older versions of transformers do
+        model.config._commit_hash = hub.resolve_commit(config)  # as in older versions of transformers
     return model
 
 
 class AutoVPTModelForImageClassification(AutoVPTModel):
-    """:class:`AutoVPTModel` for adapters that classify images."""
+    """:class:`AutoVPTModel` for image classification."""
 
     task_type = "IMAGE_CLASSIFICATION"
 
 
 class AutoVPTModelForSemanticSegmentation(AutoVPTModel):
-    """:class:`AutoVPTModel` for adapters that segment images."""
+    """:class:`AutoVPTModel` for semantic segmentation."""
 
     task_type = "SEMANTIC_SEGMENTATION"
 
 
 class AutoVPTModelForMaskedImageModeling(AutoVPTModel):
-    """:class:`AutoVPTModel` for adapters that reconstruct masked images."""
+    """:class:`AutoVPTModel` for masked image modeling."""
 
     task_type = "MASKED_IMAGE_MODELING"
 
 
 class AutoVPTModelForFeatureExtraction(AutoVPTModel):
-    """:class:`AutoVPTModel` for adapters of models without a head."""
+    """:class:`AutoVPTModel` for models without a head."""
 
     task_type = "FEATURE_EXTRACTION"

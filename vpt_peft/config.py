@@ -1,4 +1,4 @@
-"""PromptConfig: everything that defines a VPT adapter besides its tensors."""
+"""PromptConfig: the hyperparameters of a VPT adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConfigError, shown
+from .errors import ConfigError, safe_repr
 
 TASK_TYPES = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "FEATURE_EXTRACTION")
 
@@ -23,26 +23,27 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Configuration of a VPT adapter (Jia et al., Visual Prompt Tuning, ECCV 2022). A config that exists is valid.
+    """Configuration of a VPT adapter (Jia et al., Visual Prompt Tuning, ECCV 2022), validated when it is created.
 
     Args:
         num_tokens: prompt length p. 0 means no prompts: linear probing, or BitFit with ``bias="all"``.
         deep: fresh prompts at every layer (VPT-Deep); ``False``: at layer 0 only (VPT-Shallow).
-        layers_to_transform: layers, counted from 0, that get fresh prompts (Swin's blocks are counted through the
+        layers_to_transform: indices of the layers with fresh prompts, from 0 (Swin's blocks are numbered across
             stages); ``None``: all layers if ``deep``, else layer 0.
-        carry: what a prompt becomes in a layer flows on through the layers behind it until fresh prompts replace
-            it; ``False``: it ends behind its own layer.
-        shared: one set of prompts for all those layers.
-        projection_dim: learn prompts of this width and project them to the backbone's with one linear layer for
-            each width that the backbone has.
-        dropout: probability of dropping each element of the prompts, drawn per image, while training.
-        init: how prompts start: ``"uniform"``, as in the paper, or ``"normal"`` with standard deviation 0.02.
-        pooling: what the classifier reads: ``"default"`` (as the backbone does), or the mean over ``"image"`` tokens,
-            ``"prompt"`` tokens, or both (``"global"``), ``[CLS]`` left out.
-        location: where prompts enter; ``"prepend"``: as tokens beside the image's.
-        bias: ``"all"`` trains and saves a copy of the backbone's biases as well (BitFit).
-        modules_to_save: names of further modules to train and save as copies; the head always is.
-        route: how prompts reach a layer. ``"auto"`` takes keys and values only wherever that is exact.
+        carry: the outputs of a layer's prompts are inputs of the next layer unless that has fresh prompts;
+            ``False``: they are discarded.
+        shared: all those layers use the same prompts.
+        projection_dim: learn prompts of this width and project them to the backbone's width with a linear layer, one
+            for each width of the backbone.
+        dropout: dropout probability of prompt elements during training, sampled per image.
+        init: initial distribution of the prompts: ``"uniform"``, as in the paper, or ``"normal"`` with standard
+            deviation 0.02.
+        pooling: input of the classifier: ``"default"`` (the backbone's own), or the mean over ``"image"`` tokens,
+            ``"prompt"`` tokens, or both (``"global"``), without ``[CLS]``.
+        location: where prompts enter; ``"prepend"``: as tokens of the sequence.
+        bias: ``"all"`` also trains and saves a copy of the backbone's biases (BitFit).
+        modules_to_save: names of further modules to copy, train and save; the head always is.
+        route: how prompts are computed. ``"auto"``: as keys and values only, wherever that is exact.
         base_model_name_or_path, revision, task_type, inference_mode, peft_type: as in PEFT's adapter_config.json.
 
     Raises:
@@ -88,17 +89,17 @@ class PromptConfig:
     def _check_together(self) -> None:
         if not self.deep and self.layers_to_transform not in (None, (0,)):
             raise ConfigError(
-                f"deep=False puts fresh prompts into layer 0 only, got layers_to_transform="
-                f"{list(self.layers_to_transform or ())}. Leave deep=True to choose the layers."
+                f"deep=False uses fresh prompts in layer 0 only, got layers_to_transform="
+                f"{list(self.layers_to_transform or ())}. Keep deep=True to choose layers."
             )
         if self.num_tokens == 0 and self.pooling in ("prompt", "global"):
             raise ConfigError(f'pooling="{self.pooling}" reads prompts, got num_tokens=0. Use at least 1 token.')
 
     def _freeze(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen; normalising happens only while it is made
+        object.__setattr__(self, name, value)  # frozen: fields are normalised only in __post_init__
 
     def replace(self, **changes: Any) -> PromptConfig:
-        """A copy with some fields changed, checked anew."""
+        """A validated copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class PromptConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PromptConfig:
-        """The inverse of :meth:`to_dict`; every unknown field is named in one error."""
+        """The inverse of :meth:`to_dict`; one error names all unknown fields."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(str(name) for name in set(values) - set(known))
         if unknown:
@@ -123,7 +124,7 @@ class PromptConfig:
 
 def _check(condition: bool, name: str, expected: str, value: Any) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {expected}, got {shown(value)}.")
+        raise ConfigError(f"{name} must be {expected}, got {safe_repr(value)}.")
 
 
 def _check_integer(name: str, value: Any, minimum: int) -> None:

@@ -1,4 +1,4 @@
-"""Errors of the package. Each says what was expected, what came, and what to do."""
+"""Exceptions, and the formatting of untrusted values in their messages."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ _REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 3, 40, 40, 40
 _REPR.maxstring = _REPR.maxother = 200
 
 
-def shown(value: object) -> str:
-    """A value in an error message: its repr, cut where a stranger's file could make it endless."""
+def safe_repr(value: object) -> str:
+    """The repr of a value, truncated: values read from a file can be arbitrarily large."""
     return _REPR.repr(value)
 
 
-def listed(names: Sequence[str], most: int) -> str:
-    """Names in an error message, as many as can be read: there may be thousands."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def truncate_list(names: Sequence[str], limit: int) -> str:
+    """The first ``limit`` names, comma-separated, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 class VPTError(ValueError):
-    """Base class of every error raised by vpt-peft. It is a ``ValueError`` too."""
+    """Base class of all errors raised by vpt-peft."""
 
 
 class ConfigError(VPTError):
-    """A :class:`~vpt_peft.PromptConfig` is invalid, or does not fit the model it is used with."""
+    """A :class:`~vpt_peft.PromptConfig` is invalid or does not fit the model."""
 
 
 class UnsupportedModelError(VPTError):
-    """The model is no vision transformer that vpt-peft knows, or its code no longer looks as declared."""
+    """No declared architecture fits the model."""
 
 
 class AdapterError(VPTError):
-    """An adapter is missing, exists already, or cannot do what was asked of it."""
+    """An adapter does not exist, already exists, or does not support the operation."""
 
 
 class CheckpointError(VPTError):
@@ -42,4 +42,4 @@ class CheckpointError(VPTError):
 
 
 class RouteError(VPTError):
-    """Prompts cannot take the route asked for, or did not reach a layer that they should have reached."""
+    """Prompts cannot take the requested route, or did not reach a layer."""

@@ -1,0 +1,61 @@
+"""Which models are supported, and what is said of those that are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import Tiny, logits
+from transformers import BertConfig, BertModel, ViTForImageClassification
+
+from vpt_peft import (
+    AdapterError,
+    Architecture,
+    Head,
+    PromptConfig,
+    UnsupportedModelError,
+    get_vpt_model,
+    register_architecture,
+)
+from vpt_peft.backbones import ARCHITECTURES
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), None, "google/vit-base-patch16-224"])
+def test_what_is_no_vision_transformer_is_named_with_the_supported_ones(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"ViTForImageClassification.*got {type(model).__name__}"):
+        get_vpt_model(model, PromptConfig())
+
+
+def test_a_language_model_is_refused() -> None:
+    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    with pytest.raises(UnsupportedModelError, match="got BertModel"):
+        get_vpt_model(bert, PromptConfig())
+
+
+def test_a_model_that_carries_prompts_already_is_refused(tiny: Tiny) -> None:
+    vpt = tiny.prompted()
+    expected = logits(vpt, tiny.pixel_values)
+    for model in (vpt, tiny.model):
+        with pytest.raises(AdapterError, match="already has adapters"):
+            get_vpt_model(model, PromptConfig())
+    assert torch.equal(logits(vpt, tiny.pixel_values), expected)
+
+
+def test_a_subclass_of_a_supported_class_is_supported(vit: Tiny) -> None:
+    class Mine(ViTForImageClassification):
+        pass
+
+    model = Mine(vit.model.config).eval()
+    model.load_state_dict(vit.model.state_dict())
+    torch.manual_seed(1)
+    ours = get_vpt_model(model, PromptConfig(num_tokens=5))
+    assert torch.equal(logits(ours, vit.pixel_values), logits(vit.prompted(), vit.pixel_values))
+
+
+def test_a_declaration_that_does_not_fit_says_so(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "vit", ARCHITECTURES["vit"])  # put back afterwards
+    heads = {"ViTForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",))}
+    register_architecture(Architecture("vit", heads, norm="norm_of_another_version"))
+    with pytest.raises(UnsupportedModelError, match="does not match the declaration of 'vit'"):
+        get_vpt_model(vit.model, PromptConfig())

@@ -1,0 +1,215 @@
+"""Lower precision, gradient checkpointing and compiled graphs give the eager float32 result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.models import Tiny, assert_same, gradients, logits
+from packaging.version import Version
+from torch._dynamo.utils import counters
+
+from vpt_peft import PromptConfig, RouteError, VPTModel
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "deep": {},
+    "shallow": {"deep": False},
+    "pooled": {"pooling": "global"},
+    "projected": {"projection_dim": 6},
+    "biases": {"bias": "all"},
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def step(vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one training step, dropout drawn alike each time."""
+    torch.manual_seed(2)
+    vpt.zero_grad()
+    loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
+    loss.backward()
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
+
+
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Same keys, and the difference of all tensors together within 5 % of their norm."""
+    assert ours.keys() == theirs.keys() and ours
+    difference, norm = (
+        torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        for tensors in ([ours[name].float() - theirs[name] for name in ours], list(theirs.values()))
+    )
+    assert difference < 0.05 * norm, f"difference {difference}, norm {norm}"
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes kept for the backward pass, each storage once."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), {"dropout": 0.5}], ids=[*CONFIGS, "dropout"])
+def test_gradient_checkpointing_gives_identical_gradients(tiny: Tiny, config: dict[str, Any]) -> None:
+    vpt = tiny.prompted(**config).train()
+    loss, expected = step(vpt, tiny)
+    vpt.gradient_checkpointing_enable()
+    checkpointed_loss, checkpointed = step(vpt, tiny)
+    assert torch.equal(loss, checkpointed_loss)
+    assert_same(checkpointed, expected)
+    assert not any(module.training for module in tiny.model.modules())
+    vpt.gradient_checkpointing_disable()
+    assert_same(step(vpt, tiny)[1], expected)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_gradient_checkpointing_saves_memory(tiny: Tiny, deep: bool) -> None:
+    vpt = tiny.prompted(deep=deep).train()
+    outputs = []
+    plain = saved_bytes(lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
+    vpt.activation_checkpointing_enable()
+    checkpointed = saved_bytes(lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
+    assert checkpointed * 4 < plain, f"{checkpointed} bytes with checkpointing, {plain} without"
+
+
+def test_reentrant_checkpointing_is_refused(tiny: Tiny) -> None:
+    vpt = tiny.prompted().train()
+    vpt.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RouteError, match="must be non-reentrant"):
+        vpt(tiny.pixel_values, labels=tiny.labels)
+
+
+@each_config
+def test_autocast(tiny: Tiny, config: dict[str, Any]) -> None:
+    vpt = tiny.prompted(**config).train()
+    loss, expected = step(vpt, tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast_loss, autocast = step(vpt, tiny)
+    torch.testing.assert_close(autocast_loss, loss, atol=0.05, rtol=0)
+    assert_near(autocast, expected)
+
+
+@each_config
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbones(tiny: Tiny, config: dict[str, Any], dtype: torch.dtype) -> None:
+    vpt = tiny.prompted(**config).train()
+    loss, expected = step(vpt, tiny)
+    state = {name: tensor.clone() for name, tensor in vpt.adapters["default"].state_dict().items()}
+    vpt.unload().to(dtype)
+    vpt = tiny.prompted(**config).train()
+    vpt.adapters["default"].load_state_dict(state)
+    assert {parameter.dtype for parameter in vpt.adapters.parameters()} == {torch.float32}
+    half_loss, half = step(vpt, replace(tiny, pixel_values=tiny.pixel_values.to(dtype)))
+    torch.testing.assert_close(half_loss, loss, atol=0.05, rtol=0)
+    assert_near(half, expected)
+
+
+@each_config
+def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change(
+    tiny: Tiny, config: dict[str, Any]
+) -> None:
+    if tiny.name == "beit" and Version(transformers.__version__) < Version("5.23"):
+        tiny.model.set_attn_implementation(
+            "eager"
+        )  # compiled, its mask for sdpa is boolean, and counted as a bias of 1
+    vpt = tiny.prompted(**config).train()
+    compiled = torch.compile(vpt, fullgraph=True, dynamic=False, backend="aot_eager")
+    counters.clear()
+    for _ in range(2):
+        loss, expected = step(vpt, tiny)
+        compiled_loss, ours = _compiled_step(compiled, vpt, tiny)
+        torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
+        assert_same(ours, expected, 1e-5)
+        with torch.no_grad():
+            for parameter in vpt.adapters.parameters():
+                parameter.add_(0.01)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def _compiled_step(compiled: Any, vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    vpt.zero_grad()
+    loss = compiled(tiny.pixel_values, labels=tiny.labels).loss
+    loss.backward()
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
+
+
+def test_the_default_compiler(vit: Tiny) -> None:
+    vpt = vit.prompted().train()
+    loss, expected = _compiled_step(vpt, vpt, vit)
+    compiled_loss, ours = _compiled_step(torch.compile(vpt, fullgraph=True, dynamic=False), vpt, vit)
+    torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
+    assert_same(ours, expected, 1e-5)
+
+
+def _stirred(vpt: VPTModel) -> VPTModel:
+    """Adapters that answer quite otherwise than the bare backbone, those without prompts too."""
+    with torch.no_grad():
+        for parameter in vpt.adapters.parameters():
+            parameter.add_(0.3 * torch.rand_like(parameter))
+    return vpt
+
+
+BROKEN = {"deep": {}, "linear": {"num_tokens": 0}, "biases": {"num_tokens": 0, "bias": "all"}}
+each_broken = pytest.mark.parametrize("config", BROKEN.values(), ids=BROKEN)
+
+
+@each_broken
+def test_where_a_graph_breaks_the_parts_see_the_adapter_too(vit: Tiny, config: dict[str, Any]) -> None:
+    vpt = _stirred(vit.prompted(**config))
+    compiled = torch.compile(vpt, backend="eager")
+    counters.clear()
+    for images in (vit.pixel_values, vit.pixel_values[:3]):
+        with torch.no_grad():
+            ours, expected = (model(images, output_hidden_states=True) for model in (compiled, vpt))
+        torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
+    assert counters["graph_break"]
+
+
+def test_where_a_graph_breaks_images_of_many_tasks_see_their_own_adapters(vit: Tiny) -> None:
+    vpt = vit.prompted()
+    vpt.add_adapter("shallow", PromptConfig(num_tokens=3, deep=False), num_labels=2)
+    vpt.add_adapter("biases", PromptConfig(num_tokens=0, bias="all"))
+    compiled = torch.compile(_stirred(vpt), backend="eager")
+    for names in (["default", "shallow", "__base__", "default"], ["biases"] * 4):
+        with torch.no_grad():
+            ours, expected = (
+                model(vit.pixel_values, adapter_names=names, output_hidden_states=True) for model in (compiled, vpt)
+            )
+        torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", [BROKEN["deep"], BROKEN["biases"]], ids=["deep", "biases"])
+def test_layers_compiled_one_by_one_see_the_adapter(vit: Tiny, config: dict[str, Any]) -> None:
+    vpt = _stirred(vit.prompted(**config)).train()
+    loss, expected = step(vpt, vit)
+    for layer in vpt.backbone.layers:
+        layer.module.compile(backend="eager")
+    compiled_loss, ours = step(vpt, vit)
+    torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
+    assert_same(ours, expected, 1e-5)
+
+
+@each_broken
+def test_gradient_checkpointing_where_it_breaks_a_compiled_graph(vit: Tiny, config: dict[str, Any]) -> None:
+    vpt = _stirred(vit.prompted(**config)).train()
+    loss, expected = step(vpt, vit)
+    vpt.gradient_checkpointing_enable()
+    compiled_loss, ours = _compiled_step(torch.compile(vpt, backend="aot_eager"), vpt, vit)
+    torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
+    assert_same(ours, expected, 1e-5)
+
+
+def test_inference_mode(tiny: Tiny) -> None:
+    vpt = tiny.prompted(deep=False)
+    with torch.inference_mode():
+        ours = vpt(tiny.pixel_values).logits
+    assert torch.equal(ours, logits(vpt, tiny.pixel_values))

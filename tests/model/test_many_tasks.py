@@ -1,0 +1,151 @@
+"""The example and the benchmark of many tasks on one backbone, in a setting of seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpt_peft import PromptConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK_EXAMPLE = ["--epochs", "1", "--pretraining-epochs", "1", "--images", "6"]
+QUICK_BENCHMARK = [
+    "--backbone", "tiny-vit", "--batch", "4", "--tasks", "1", "2", "4", "--tokens", "3", "5",
+    "--adapters", "5", "--runs", "2", "--warmup", "0", "--output", "results/many.json",
+]  # fmt: skip
+TASKS = ("digit", "parity", "loop", "size")
+
+
+def run(script: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user would, in ``folder`` and without a network."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def captions(output: str, kind: str) -> list[str]:
+    """What stands behind ``kind:`` under the pictures, in the order of the batch."""
+    found = []
+    for line in output.splitlines():
+        parts = line.split(f"{kind}:")
+        found += [part.strip() for part in parts[1:]]
+    return found
+
+
+# -- the example ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The example's run, and the folder that it ran in."""
+    folder = tmp_path_factory.mktemp("example")
+    return run("examples/many_tasks.py", QUICK_EXAMPLE, folder), folder
+
+
+def test_the_example_runs_and_shows_what_each_task_reached(example: Any) -> None:
+    done, _ = example
+
+    assert done.returncode == 0, done.stderr
+    for task in TASKS:
+        assert f"| {task}" in done.stdout
+    assert "100%" in done.stderr, "progress bars"
+    assert "it/s" not in done.stdout
+
+
+def test_the_example_names_task_answer_and_truth_of_each_image(example: Any) -> None:
+    done, _ = example
+    allowed = {
+        "digit": {"5", "6", "7", "8", "9"},
+        "parity": {"even", "odd"},
+        "loop": {"loop", "no loop"},
+        "size": {"5 or 6", "7", "8 or 9"},
+    }
+
+    tasks = captions(done.stdout, "task")
+    assert tasks == [*TASKS, "digit", "parity"]
+    answers, truths = captions(done.stdout, "answer"), captions(done.stdout, "truth")
+    for task, answer, truth in zip(tasks, answers, truths, strict=True):
+        assert answer.removesuffix("WRONG").strip() in allowed[task]
+        assert truth in allowed[task]
+        assert answer.endswith("WRONG") == (answer != truth)
+
+
+def test_the_example_draws_each_image(example: Any) -> None:
+    done, _ = example
+
+    lines = done.stdout.splitlines()
+    last = max(index for index, line in enumerate(lines) if "task:" in line)
+    drawing = lines[last - 8 : last]
+    assert all(set(line) <= set(" .:*#@") for line in drawing)
+    assert sum(character in "#@" for line in drawing for character in line) > 20
+
+
+def test_the_example_saves_all_adapters_and_loads_them_back(example: Any) -> None:
+    done, folder = example
+
+    assert "identical to the last bit" in done.stdout
+    adapters = folder / "runs/many-tasks/adapters"
+    assert sorted(path.name for path in adapters.iterdir()) == sorted(TASKS)
+    configs = {task: json.loads((adapters / task / "adapter_config.json").read_text()) for task in TASKS}
+    assert [configs[task]["num_tokens"] for task in TASKS] == [PromptConfig().num_tokens, 5, 20, 0]
+    assert [len(configs[task]["id2label"]) for task in TASKS] == [5, 2, 2, 3]
+
+
+# -- the benchmark --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The benchmark's run, and the report that it wrote."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    done = run("benchmarks/many_tasks.py", QUICK_BENCHMARK, folder)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((folder / "results/many.json").read_text())
+
+
+def test_the_benchmark_has_a_row_for_each_number_of_tasks(benchmark: Any) -> None:
+    done, report = benchmark
+
+    assert [row["tasks"] for row in report["batches"]] == [1, 2, 4]
+    for row in report["batches"]:
+        assert f"| {row['tasks']} " in done.stdout
+        assert set(row["seconds"]) == {"mixed", "apart"}
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in row["seconds"].values())
+        assert row["largest_difference"] < 1e-5
+
+
+def test_the_benchmark_opens_only_the_files_of_adapters(benchmark: Any) -> None:
+    _, report = benchmark
+
+    assert report["loading"]["files_opened"] == {"adapter_config.json": 10, "adapter_model.safetensors": 5}
+    assert report["loading"]["own_bytes"] == 4 * (2 * 3 * 32 + 33 * 100)
+
+
+def test_the_benchmark_measures_switching_among_few_and_many_adapters(benchmark: Any) -> None:
+    done, report = benchmark
+
+    few, many = report["switching"]
+    assert few["adapters"] == 4 and many["adapters"] > few["adapters"] + 5
+    assert f"set_adapter among {many['adapters']} adapters" in done.stdout
+    assert "load_adapter, p = 50" in done.stdout
+
+
+def test_the_benchmarks_report_names_no_file_or_folder(benchmark: Any) -> None:
+    _, report = benchmark
+
+    assert "output" not in report["settings"]
+    assert {"device", "threads", "torch", "transformers", "python"} <= set(report["environment"])
+    assert str(ROOT) not in json.dumps(report)
+
+
+def test_the_benchmark_refuses_more_tasks_than_images(tmp_path: Path) -> None:
+    done = run("benchmarks/many_tasks.py", ["--batch", "4", "--tasks", "8"], tmp_path)
+
+    assert done.returncode == 2
+    assert "at most the 4 images of the batch, got 8" in done.stderr

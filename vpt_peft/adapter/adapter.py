@@ -1,0 +1,183 @@
+"""Adapter: the prompts, head and labels of one task, and its copies of parts of the backbone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..config import PromptConfig
+from ..errors import ConfigError
+from .dequantize import dequantize
+from .labels import get_labels, set_labels
+from .modules import ModuleTree, clone, copy_head, find_biases, find_modules_to_save
+from .plan import plan_layers
+from .prompts import Prompts, make_projection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Adapter(nn.Module):
+    """Everything that belongs to one task. The keys of its state dict are those of ``adapter_model.safetensors``.
+
+    Args:
+        config: the configuration.
+        backbone: the backbone, which is not changed.
+        labels: ``num_labels``, ``id2label``, ``label2id``, ``problem_type`` where they differ from the model's.
+        device: device of the new tensors; None: the backbone's.
+
+    Attributes:
+        prompts: ``prompts.{layer}``.
+        projection: ``projection.*``; None without ``projection_dim``.
+        head: ``head.{path}.*``, the copies of the modules of the model's head.
+        bias: ``bias.{path}``, the copies of the backbone's biases by the path of their module.
+        modules_to_save: ``modules_to_save.{path}.*``.
+        plan: one :class:`~vpt_peft.adapter.LayerPlan` for each layer, or None.
+        model_config: the model's config with the labels of this task.
+
+    Raises:
+        ConfigError, RouteError: the config does not fit the backbone.
+    """
+
+    def __init__(
+        self,
+        config: PromptConfig,
+        backbone: Backbone,
+        labels: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        device = device or backbone.device
+        self.config = config.replace(task_type=_task_type(config, backbone))
+        self.model_type = backbone.model_type
+        self.widths = backbone.widths
+        _check_pooling(config, backbone)
+        self.plan = plan_layers(config, len(backbone.layers), config.pooling in ("prompt", "global"))
+        fresh = {layer: self.widths[layer] for layer, plan in enumerate(self.plan) if plan and plan.fresh}
+        _check_shared(config, fresh)
+        self.prompts = Prompts(config, fresh, backbone.patch_size, device)
+        self.projection: Any = make_projection(config, fresh, device)
+
+        self.model_config = _copy_config(backbone.model.config)
+        set_labels(self.model_config, labels or {})
+        self.head, self.bias, self.modules_to_save = ModuleTree(), ModuleTree(), ModuleTree()
+        for path in backbone.head.paths:
+            self.head.add(path, copy_head(backbone, path, self.num_labels, device))
+        for path, module in find_modules_to_save(config, backbone).items():
+            self.modules_to_save.add(path, dequantize(clone(module), path))
+        owned = [*backbone.head.paths, *self.modules_to_save.paths]
+        for path, bias in find_biases(config, backbone, owned).items():
+            self.bias.add(path, nn.Parameter(bias.detach().clone()))
+        for tensor in chain(self.parameters(), self.buffers()):
+            if tensor.is_floating_point():  # trained in float32 whatever the backbone's precision, as in PEFT
+                tensor.data = tensor.data.float()
+        self.requires_grad_(True)
+
+    def fresh_prompts(self, layer: int, num_images: int) -> Tensor:
+        """The prompts that enter a layer.
+
+        Returns:
+            ``(1, num_tokens, width)``, or ``(num_images, num_tokens, width)`` with dropout.
+        """
+        prompts = self.prompts[layer].unsqueeze(0)
+        if self.projection is not None:
+            by_width = isinstance(self.projection, nn.ModuleDict)
+            prompts = (self.projection[str(self.widths[layer])] if by_width else self.projection)(prompts)
+        if self.config.dropout and self.training:
+            prompts = nn.functional.dropout(prompts.expand(num_images, -1, -1), self.config.dropout)
+        return prompts
+
+    def replacement(self, path: str) -> nn.Module | None:
+        """The adapter's own copy of the module at a path of the model; None if it has none."""
+        module: nn.Module | None = self.head.find(path)
+        return self.modules_to_save.find(path) if module is None else module
+
+    @property
+    def overridden_paths(self) -> list[str]:
+        """Paths of the modules that the adapter replaces, or whose bias it replaces."""
+        return [*self.head.paths, *self.modules_to_save.paths, *self.bias.paths]
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the head."""
+        return self.head.parameters()
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels of the task."""
+        return int(self.model_config.num_labels)
+
+    @property
+    def owns_backbone_parts(self) -> bool:
+        """Whether it has copies of biases or modules of the backbone."""
+        return bool(self.modules_to_save.paths or self.bias.paths)
+
+    def labels(self) -> dict[str, Any]:
+        """``id2label``, ``label2id`` and ``problem_type``."""
+        return get_labels(self.model_config)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode. Modules of an adapter that is frozen stay in eval mode, so that batch norms do not update."""
+        super().train(mode)
+        for modules in (self.head, self.modules_to_save):
+            modules.train(mode and self.is_trainable)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Makes it trainable, or freezes it."""
+        super().requires_grad_(requires_grad)
+        self.is_trainable = requires_grad
+        return self.train(self.training)
+
+    def materialize(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Allocates tensors that are on the meta device, without initialising them.
+
+        Args:
+            device: device of those tensors.
+            dtype: precision of all floating-point tensors; None: as they are.
+        """
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype))
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
+        self.to(dtype)
+
+
+def _copy_config(config: Any) -> Any:
+    """A deep copy; the label maps, which may be long, are copied flat, which is equivalent and much faster."""
+    return copy.deepcopy(config, {id(labels): dict(labels) for labels in (config.id2label, config.label2id) if labels})
+
+
+def _task_type(config: PromptConfig, backbone: Backbone) -> str:
+    task_type = backbone.head.task_type
+    if config.task_type not in (None, task_type):
+        raise ConfigError(
+            f"The task of {type(backbone.model).__name__} is {task_type}, got task_type={config.task_type}. "
+            "Leave task_type out, or load the model class that fits it."
+        )
+    return task_type
+
+
+def _check_pooling(config: PromptConfig, backbone: Backbone) -> None:
+    if config.pooling != "default" and backbone.head.task_type != "IMAGE_CLASSIFICATION":
+        raise ConfigError(
+            f'pooling="{config.pooling}" needs an image classifier, got {type(backbone.model).__name__}. '
+            'Use pooling="default".'
+        )
+
+
+def _check_shared(config: PromptConfig, fresh: Mapping[int, int]) -> None:
+    widths = sorted(set(fresh.values()))
+    if config.shared and not config.projection_dim and len(widths) > 1:
+        raise ConfigError(
+            f"shared=True needs layers of one width, got layers of widths {widths}. "
+            "Choose layers of one stage with layers_to_transform, or set projection_dim."
+        )

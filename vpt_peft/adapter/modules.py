@@ -1,0 +1,161 @@
+"""Modules owned by an adapter: copies of the head and of ``modules_to_save``, under their paths in the model."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones import Backbone
+from ..config import PromptConfig
+from ..errors import ConfigError
+from .dequantize import dequantize, is_quantized
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+class ModuleTree(nn.Module):
+    """Modules and parameters under dotted paths, as nested modules: the keys of its state dict are those paths.
+
+    Paths are those of another model, so any word may occur in them. They are resolved in the dictionaries of
+    ``nn.Module``, where no attribute shadows them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths: list[str] = []
+
+    def add(self, path: str, value: nn.Module | nn.Parameter) -> None:
+        """Adds a module or parameter."""
+        *parents, name = path.split(".")
+        node: nn.Module = self
+        for parent in parents:
+            node._modules.setdefault(parent, nn.Module())
+            node = node._modules[parent]  # type: ignore[assignment]
+        values: Any = node._modules if isinstance(value, nn.Module) else node._parameters
+        values[name] = value
+        self.paths.append(path)
+
+    def find(self, path: str) -> Any:
+        """The module or parameter at a path; None if there is none."""
+        *parents, name = path.split(".")
+        node: Any = self
+        for parent in parents:
+            node = node._modules.get(parent)
+            if node is None:
+                return None
+        found = node._parameters.get(name)
+        return node._modules.get(name) if found is None else found
+
+
+def copy_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
+    """A copy of a module of the model's head, with new output layers if the number of labels differs."""
+    on_meta = device.type == "meta"
+    head = dequantize(clone(backbone.model.get_submodule(path), on_meta), path, on_meta)
+    if num_labels == backbone.model.config.num_labels:
+        return head
+    for output in backbone.head.label_layers:
+        if output == path:
+            return _new_output(head, output, backbone, num_labels, device)
+        if output.startswith(path + "."):
+            parent, _, name = output.removeprefix(path + ".").rpartition(".")
+            holder = head.get_submodule(parent)
+            setattr(holder, name, _new_output(getattr(holder, name), output, backbone, num_labels, device))
+    return head
+
+
+def _new_output(layer: Any, path: str, backbone: Backbone, num_labels: int, device: torch.device) -> nn.Module:
+    if isinstance(layer, nn.Linear | nn.Identity):
+        return nn.Linear(backbone.num_features, num_labels, device=device)
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(layer.in_channels, num_labels, kernel_size=1, device=device)
+    raise ConfigError(
+        f"A head with {num_labels} labels can replace a linear layer or a convolution, got {type(layer).__name__} at "
+        f"'{path}'. Load the backbone with num_labels={num_labels}."
+    )
+
+
+def find_modules_to_save(config: PromptConfig, backbone: Backbone) -> dict[str, nn.Module]:
+    """The modules that ``modules_to_save`` names, by path, without those of the head.
+
+    Raises:
+        ConfigError: a name matches no module, a list of modules, overlapping modules, or one that contains a layer.
+    """
+    found: dict[str, nn.Module] = {}
+    for name in config.modules_to_save or ():
+        matches = {
+            path: module for path, module in backbone.model.named_modules() if path == name or path.endswith("." + name)
+        }
+        if not matches:
+            raise ConfigError(
+                f"modules_to_save must name modules of {type(backbone.model).__name__}, got '{name}', which is none. "
+                "model.named_modules() lists them."
+            )
+        for path, module in matches.items():
+            if not any(path == head or path.startswith(head + ".") for head in backbone.head.paths):
+                _check_copyable(path, module, backbone)
+                found[path] = module
+    for path in found:
+        outer = [other for other in found if path.startswith(other + ".")]
+        if outer:
+            raise ConfigError(f"modules_to_save must not overlap, got '{path}' inside '{outer[0]}'. Name one of them.")
+    return found
+
+
+def _check_copyable(path: str, module: nn.Module, backbone: Backbone) -> None:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise ConfigError(f"modules_to_save must name modules that are called, got the list '{path}'. Name its parts.")
+    inside = {id(part) for part in module.modules()}
+    hooked = [backbone.encoder, *backbone.mergings.values()]
+    hooked += [part for layer in backbone.layers for part in (layer.module, layer.part("attention"))]
+    if any(id(part) in inside for part in hooked):
+        raise ConfigError(
+            f"modules_to_save must not name modules that contain an attention or a layer, got '{path}'. "
+            "Name smaller parts, such as 'mlp' or 'layernorm_after'."
+        )
+
+
+def clone(module: nn.Module, on_meta: bool = False) -> nn.Module:
+    """A deep copy without hooks and overrides of ``forward``, and without the objects that those refer to.
+
+    Args:
+        on_meta: create its parameters on the meta device, for weights that are loaded next.
+    """
+    memo: dict[int, Any] = {}
+    if on_meta:
+        plain = [own for part in module.modules() if not is_quantized(part) for own in part.parameters(recurse=False)]
+        memo |= {id(own): nn.Parameter(torch.empty_like(own, device="meta")) for own in plain}
+    for part in module.modules():
+        memo |= {id(part.__dict__[name]): OrderedDict() for name in HOOKS}
+        if "forward" in part.__dict__:
+            memo[id(part.__dict__["forward"])] = None
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        for name in HOOKS:  # each module needs dictionaries of its own
+            setattr(part, name, OrderedDict())
+        part.__dict__.pop("forward", None)
+    return copied
+
+
+def find_biases(config: PromptConfig, backbone: Backbone, owned: list[str]) -> dict[str, nn.Parameter]:
+    """``{module path: bias}`` of the biases that ``bias="all"`` trains: those that reach the head.
+
+    Args:
+        owned: paths of modules that the adapter copies, whose biases are part of those copies.
+    """
+    if config.bias == "none":
+        return {}
+    unread = backbone.unread_modules
+    return {
+        path: module.bias
+        for path, module in backbone.model.named_modules()
+        if module not in unread
+        and isinstance(getattr(module, "bias", None), nn.Parameter)
+        and not any(path == root or path.startswith(root + ".") for root in owned)
+    }

@@ -1,0 +1,82 @@
+"""The prompts of an adapter, and their projection to the widths of the backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PromptConfig
+
+
+def uniform_bound(patch_size: int, dim: int) -> float:
+    """Bound of the initial uniform distribution of prompts: ``sqrt(6 / (3 · patch² + dim))``.
+
+    The Xavier bound of a linear map from an RGB patch of ``patch_size`` pixels a side to ``dim`` channels
+    (Jia et al., ECCV 2022, section 3).
+    """
+    return math.sqrt(6 / (3 * patch_size**2 + dim))
+
+
+class Prompts(nn.Module):
+    """One parameter of shape ``(num_tokens, dim)`` for each layer with fresh prompts, named by the layer's index.
+
+    Args:
+        config: the adapter's config; ``dim`` is its ``projection_dim``, else the width of the layer.
+        widths: ``{layer: width}`` of the layers with fresh prompts, in order.
+        patch_size: side of the backbone's patches in pixels, see :func:`uniform_bound`.
+        device: device of the parameters; on "meta" they are not initialised.
+    """
+
+    def __init__(self, config: PromptConfig, widths: Mapping[int, int], patch_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.shared_layer = min(widths) if config.shared and widths else None
+        for layer in widths if self.shared_layer is None else [self.shared_layer]:
+            shape = (config.num_tokens, config.projection_dim or widths[layer])
+            self.register_parameter(str(layer), nn.Parameter(torch.empty(shape, device=device)))
+        if device.type != "meta":
+            self.reset_parameters(config.init, patch_size)
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str, patch_size: int) -> None:
+        """Draws initial values.
+
+        Args:
+            init: ``"uniform"`` or ``"normal"``, as in :class:`~vpt_peft.PromptConfig`.
+            patch_size: side of the backbone's patches in pixels.
+        """
+        for prompts in self.parameters():
+            if init == "uniform":
+                bound = uniform_bound(patch_size, prompts.shape[-1])
+                nn.init.uniform_(prompts, -bound, bound)
+            else:
+                nn.init.normal_(prompts, std=0.02)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """The prompts of a layer, ``(num_tokens, dim)``."""
+        prompts: Tensor = getattr(self, str(layer if self.shared_layer is None else self.shared_layer))
+        return prompts
+
+
+def make_projection(config: PromptConfig, widths: Mapping[int, int], device: torch.device) -> nn.Module | None:
+    """Linear layers from ``projection_dim`` to the widths of the layers.
+
+    Args:
+        widths: ``{layer: width}`` of the layers with fresh prompts.
+
+    Returns:
+        One linear layer, or an ``nn.ModuleDict`` of them by width if there are several widths; None without
+        ``projection_dim``.
+    """
+    if not config.projection_dim or not widths:
+        return None
+    layers = {
+        str(width): nn.Linear(config.projection_dim, width, device=device) for width in sorted(set(widths.values()))
+    }
+    if device.type != "meta":
+        for linear in layers.values():
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+            nn.init.zeros_(linear.bias)
+    return nn.ModuleDict(layers) if len(layers) > 1 else next(iter(layers.values()))

@@ -1,0 +1,148 @@
+"""Push and pull of adapters, with the functions and errors of ``huggingface_hub``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import CheckpointError, VPTError
+from ..io import CONFIG_NAME, WEIGHTS_NAME
+from .repo_ids import is_folder, is_repo_id
+
+PREPROCESSOR_NAME = "preprocessor_config.json"
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", PREPROCESSOR_NAME)
+
+
+@contextmanager
+def pulled(model_id: str | os.PathLike[str], **source: Any) -> Iterator[Path]:
+    """The folder returned by :func:`pull`. Errors raised inside the context name the repository."""
+    folder = pull(model_id, **source)
+    try:
+        yield folder
+    except VPTError as error:
+        if is_folder(model_id) or str(model_id) in str(error):
+            raise
+        raise type(error)(f"In the repository '{model_id}': {error}") from error
+
+
+def pull(
+    model_id: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder of an adapter: ``model_id`` itself, or the files of that repository in the Hub's cache.
+
+    Args:
+        model_id: a folder or a repository.
+        subfolder: folder of the adapter in it; None: the top, or the subfolder with the only adapter.
+        revision: branch, tag or commit.
+        token, cache_dir, local_files_only: as in ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        CheckpointError: neither a folder nor the name of a repository, or it contains no adapter.
+        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: from the Hub client.
+    """
+    if is_folder(model_id):
+        return Path(model_id) / (subfolder or "")
+    repo_id = str(model_id)
+    if not is_repo_id(repo_id):
+        raise CheckpointError(
+            f"Expected an adapter folder or the name of a repository on the Hub, got '{model_id}', "
+            "which is neither an existing folder nor a valid repository name."
+        )
+    where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    where["cache_dir"] = None if cache_dir is None else str(cache_dir)
+    try:
+        config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
+    except EntryNotFoundError as error:
+        if subfolder is not None:
+            raise
+        is_offline = isinstance(error, LocalEntryNotFoundError)
+        subfolder = _cached_subfolder(repo_id, where) if is_offline else _only_subfolder(repo_id, revision, token)
+        if subfolder is None:
+            raise
+        config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
+    # Pinned to the commit of the config: a push in between must not mix two adapters.
+    commit = config.parents[len(PurePosixPath(subfolder or "").parts)].name
+    hf_hub_download(repo_id, WEIGHTS_NAME, subfolder=subfolder, **{**where, "revision": commit})
+    return config.parent
+
+
+def _only_subfolder(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+    files = map(PurePosixPath, HfApi().list_repo_files(repo_id, revision=revision, token=token))
+    found = sorted(str(file.parent) for file in files if file.name == CONFIG_NAME)
+    if len(found) != 1:
+        there = f"several: {', '.join(found)}. Name one as subfolder" if found else "none"
+        raise CheckpointError(f"Expected an adapter ({CONFIG_NAME}) in the repository '{repo_id}', got {there}.")
+    return found[0]
+
+
+def _cached_subfolder(repo_id: str, where: dict[str, Any]) -> str | None:
+    """Subfolder of the only adapter in a cached repository, for use without a connection; None if unknown."""
+    try:
+        root = Path(snapshot_download(repo_id, **{**where, "local_files_only": True}))
+    except LocalEntryNotFoundError:
+        return None
+    found = [config.parent.name for config in root.glob(f"*/{CONFIG_NAME}")]
+    return found[0] if len(found) == 1 else None
+
+
+def fetch_cards(
+    repo_id: str, folder: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> None:
+    """Downloads the model cards of a repository, if it exists, so that their text is kept."""
+    for source in dict.fromkeys([revision, None]):  # a new branch starts from the main one
+        with suppress(RepositoryNotFoundError, RevisionNotFoundError):
+            patterns = ["README.md", "*/README.md"]
+            snapshot_download(repo_id, local_dir=str(folder), allow_patterns=patterns, revision=source, token=token)
+            return
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """Uploads the adapters in a folder, and no other files. Unchanged files are not uploaded again.
+
+    Args:
+        repo_id: the repository, created if it does not exist.
+        private: visibility of a new repository; an existing one is not changed.
+        revision: branch to push to, created if it does not exist.
+        create_pr: open a pull request instead of pushing to the branch.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: from the Hub client.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload VPT adapter",
+        revision=revision,
+        create_pr=create_pr,
+        allow_patterns=[*FILES, *(f"*/{name}" for name in FILES)],
+    )

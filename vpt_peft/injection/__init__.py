@@ -1,0 +1,12 @@
+"""How prompts reach the layers of a backbone, and adapters' modules replace the model's."""
+
+from .context import AdapterBatch, ForwardContext, activate
+from .injector import Injector, has_overrides
+
+__all__ = [
+    "AdapterBatch",
+    "ForwardContext",
+    "Injector",
+    "activate",
+    "has_overrides",
+]

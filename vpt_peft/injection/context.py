@@ -1,0 +1,127 @@
+"""State of the current forward pass, available to all hooks.
+
+The code of the backbone knows nothing of adapters, so the state is not passed through it as an argument:
+:func:`activate` makes it the current one of the running thread. Nothing else in the package is global.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..adapter import Adapter, LayerPlan, ProjectionCache
+from ..backbones import Layer
+
+
+@dataclass(eq=False)
+class AdapterBatch:
+    """The images of a batch that belong to one adapter.
+
+    Attributes:
+        adapter: the adapter; None for the bare backbone.
+        rows: indices of the images; None: all of them.
+        cache: keys and values of its prompts from earlier calls, while serving.
+        prompts: outputs of the last layer's prompts, ``(images of the adapter, num_tokens, width)``, where used.
+    """
+
+    adapter: Adapter | None = None
+    rows: tuple[int, ...] | None = None
+    cache: ProjectionCache | None = None
+    prompts: Tensor | None = None
+
+    @property
+    def pooling(self) -> str:
+        """What its classifier reads."""
+        return "default" if self.adapter is None else self.adapter.config.pooling
+
+    def plan(self, layer: int) -> LayerPlan | None:
+        """The plan of a layer; None if it has no prompts there."""
+        return None if self.adapter is None else self.adapter.plan[layer]
+
+    def replacement(self, path: str) -> nn.Module | None:
+        """The adapter's copy of a module of the model; None if it has none."""
+        return None if self.adapter is None else self.adapter.replacement(path)
+
+    def select(self, batch: Tensor) -> Tensor:
+        """The rows of a batch that belong to the adapter."""
+        return batch if self.rows is None else batch[list(self.rows)]
+
+
+@dataclass(eq=False)
+class ForwardContext:
+    """One forward pass of one batch.
+
+    Attributes:
+        num_images: number of images in the batch.
+        batches: its parts by adapter.
+        training: whether gradients may be needed.
+        layers_reached: number of layers with prompts that have run so far.
+        last_hidden_state: output of the encoder, ``(num_images, num_tokens, width)``, where a pooling reads it.
+    """
+
+    num_images: int
+    batches: Sequence[AdapterBatch]
+    training: bool
+    layers_reached: int = 0
+    last_hidden_state: Tensor | None = None
+
+    def has_prompts(self, layer: int) -> bool:
+        """Whether any image has prompts in a layer."""
+        return any(batch.plan(layer) is not None for batch in self.batches)
+
+
+@dataclass(eq=False)
+class LayerContext:
+    """One layer of a forward pass.
+
+    Attributes:
+        prompts_in: outputs of the previous layer's prompts, for each adapter's batch.
+        prompts_out: outputs of this layer's prompts, likewise; written by the attention.
+        attention_ran: the attention has seen the prompts.
+    """
+
+    forward: ForwardContext
+    layer: Layer
+    prompts_in: Sequence[Tensor | None]
+    prompts_out: list[Tensor | None]
+    attention_ran: bool = False
+
+
+class _Current(threading.local):
+    """The context of the running thread.
+
+    A ``ContextVar`` would serve as well, but torch.compile cannot trace one. The attribute is set for each thread:
+    torch.compile guards on it, and a default of the class would appear in the thread only at the first write.
+    """
+
+    def __init__(self) -> None:
+        self.context: ForwardContext | LayerContext | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def activate(context: ForwardContext | LayerContext) -> Iterator[None]:
+    """Makes a context the current one of this thread, and restores the previous one."""
+    previous, _current.context = _current.context, context
+    try:
+        yield
+    finally:
+        _current.context = previous
+
+
+def current_forward() -> ForwardContext | None:
+    """The forward pass that the caller is part of; None if the backbone was called directly."""
+    context = _current.context
+    return context.forward if isinstance(context, LayerContext) else context
+
+
+def current_layer() -> LayerContext | None:
+    """The layer that the caller is part of; None outside of layers."""
+    context = _current.context
+    return context if isinstance(context, LayerContext) else None

@@ -1,0 +1,119 @@
+"""Hooks that lead prompts through the layers, patch mergings and the output of the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..backbones import Layer
+from ..errors import RouteError
+from .context import ForwardContext, LayerContext, activate, current_forward
+from .overrides import ForwardOverride
+
+
+class LayerHook(ForwardOverride):
+    """Runs one layer with its prompts: an override of ``forward`` rather than a hook, since the layer must run inside
+    a context, be checkpointed in eval mode and, in Swin, on a copy of its settings."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer.module)
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = current_forward()
+        if forward is None:
+            return self.forward(*args, **kwargs)
+        run: Callable[..., Any] = partial(self._run, forward, **kwargs)
+        if forward.training and getattr(self.module, "gradient_checkpointing", False):
+            run = partial(self._checkpoint, run)
+        output, prompts_out = run(tuple(batch.prompts for batch in forward.batches), *args)
+        for batch, prompts in zip(forward.batches, prompts_out, strict=True):
+            batch.prompts = prompts
+        forward.layers_reached += forward.has_prompts(self.layer.index)
+        return output
+
+    def _run(
+        self, forward: ForwardContext, prompts_in: Sequence[Tensor | None], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Runs the layer. Everything that a recomputation in the backward pass needs is an argument."""
+        context = LayerContext(forward, self.layer, prompts_in, [None] * len(prompts_in))
+        with activate(context):
+            output = self._layer_forward(*args, **kwargs)
+        if forward.has_prompts(self.layer.index) and not context.attention_ran:
+            raise RouteError(
+                f"Prompts did not reach the attention of layer {self.layer.index} "
+                f"({type(self.layer.part('attention')).__name__}): the output would be the bare backbone's. "
+                "Its code was replaced or ignores the attention interface: unload and attach the adapter again."
+            )
+        return output, tuple(context.prompts_out)
+
+    @property
+    def _layer_forward(self) -> Callable[..., Any]:
+        """The layer's forward. Where it overwrites settings of the layer to suit an input (window and shift size of
+        Swin), it runs on a shallow copy that shares all parameters, so that no input changes the output of others."""
+        if not self.layer.architecture.overwrites_settings or self.earlier is not None:
+            return self.forward
+        layer = object.__new__(type(self.module))  # copy.copy, in a form that torch.compile can trace
+        layer.__dict__.update(self.module.__dict__)
+        return partial(type(layer).forward, layer)
+
+    @property
+    def _checkpoint(self) -> Callable[..., Any]:
+        """The layer's checkpointing function, which transformers skips in eval mode, that is for a frozen backbone."""
+        function: Callable[..., Any] = self.module._gradient_checkpointing_func
+        if getattr(function, "keywords", {}).get("use_reentrant", False):
+            raise RouteError(
+                "Gradient checkpointing must be non-reentrant, got use_reentrant=True, which loses the prompts' "
+                'gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+            )
+        return function
+
+
+class PatchMergingHook:
+    """Carries prompts through Swin's patch merging: a prompt, repeated four times, takes the place of four patches.
+
+    It runs before the merging, so that in the backward pass the image comes first and gathers sharded weights (FSDP2).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def inject(self) -> None:
+        """Registers the hook."""
+        self.handle: RemovableHandle = self.module.register_forward_pre_hook(_merge_prompts)
+
+    def remove(self) -> None:
+        """Removes the hook."""
+        self.handle.remove()
+
+
+def _merge_prompts(module: Any, _: Any) -> None:
+    forward = current_forward()
+    for batch in forward.batches if forward is not None else ():
+        if batch.prompts is not None:
+            batch.prompts = module.reduction(module.norm(batch.prompts.repeat(1, 1, 4)))
+
+
+class BackboneOutputHook:
+    """Keeps the output of the encoder for classifiers with a pooling of their own."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+
+    def inject(self) -> None:
+        """Registers the hook."""
+        self.handle: RemovableHandle = self.encoder.register_forward_hook(_keep_output)
+
+    def remove(self) -> None:
+        """Removes the hook."""
+        self.handle.remove()
+
+
+def _keep_output(_: nn.Module, __: Any, output: Any) -> None:
+    forward = current_forward()
+    if forward is not None and any(batch.pooling != "default" for batch in forward.batches):
+        forward.last_hidden_state = output.last_hidden_state

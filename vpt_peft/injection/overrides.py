@@ -1,0 +1,161 @@
+"""Overrides of ``forward``: adapters' own modules and biases in place of the model's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from .context import AdapterBatch, ForwardContext, current_forward
+
+
+class AttributeProxy:
+    """An object with some attributes replaced; all others are read from the original."""
+
+    def __init__(self, original: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _original=original)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_original":  # looked up while a proxy is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._original, name)
+
+
+class ForwardOverride(ABC):
+    """Takes the place of ``module.forward``. Outside of a forward pass with adapters, it calls the original.
+
+    Attributes:
+        forward: the original.
+        earlier: another library's override that was there before, such as accelerate's; None if there was none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def inject(self) -> None:
+        """Overrides ``module.forward``."""
+        self.earlier = self.module.__dict__.get("forward")
+        self.forward: Callable[..., Any] = self.module.forward
+        self.module.forward = self
+
+    def remove(self) -> None:
+        """Restores ``module.forward``."""
+        del self.module.forward
+        if self.earlier is not None:
+            self.module.forward = self.earlier
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class ModuleOverride(ForwardOverride):
+    """Uses an adapter's copy of a module, or of its bias. Adapters with such copies are never mixed in a batch."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__(module)
+        self.path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = current_forward()
+        adapter = context.batches[0].adapter if context is not None else None
+        if adapter is None:
+            return self.forward(*args, **kwargs)
+        module = adapter.replacement(self.path)
+        if module is not None:
+            return call_in_own_precision(module, *args, **kwargs)
+        bias = adapter.bias.find(self.path)
+        if bias is None:
+            return self.forward(*args, **kwargs)
+        weight = getattr(self.module, "weight", None)
+        bias = bias.to(args[0].device)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            bias = bias.to(weight.dtype)
+        return type(self.module).forward(AttributeProxy(self.module, bias=bias), *args, **kwargs)
+
+
+class HeadOverride(ForwardOverride):
+    """Calls each adapter's own head on the features that its pooling selects."""
+
+    def __init__(self, backbone: Backbone, path: str) -> None:
+        super().__init__(backbone.model.get_submodule(path))
+        self.backbone = backbone
+        self.path = path
+
+    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+        context = current_forward()
+        if context is None:
+            return self.forward(features, *args, **kwargs)
+        outputs = [self._call_head(context, batch, features, *args, **kwargs) for batch in context.batches]
+        return outputs[0] if context.batches[0].rows is None else merge_outputs(outputs, context)
+
+    def _call_head(self, context: ForwardContext, batch: AdapterBatch, features: Any, *args: Any, **kwargs: Any) -> Any:
+        if batch.pooling != "default":
+            features = pool_tokens(context, batch, self.backbone)
+        elif batch.rows is not None:
+            features = map_tensors(batch.select, features)
+        head = batch.replacement(self.path)
+        if head is None:
+            return self.forward(features, *args, **kwargs)
+        return call_in_own_precision(head, features, *args, **kwargs)
+
+
+def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone) -> Tensor:
+    """The mean over image tokens, prompts or both after the final norm, without prefix tokens.
+
+    Returns:
+        ``(images of the adapter, width)``.
+    """
+    assert context.last_hidden_state is not None  # the encoder runs before the head
+    image = batch.select(context.last_hidden_state)[:, backbone.architecture.num_prefix_tokens :]
+    norm = backbone.pooled_norm or nn.Identity()
+    if batch.pooling == "image":
+        return norm(image.mean(1))
+    assert batch.prompts is not None  # the plan makes sure of it
+    prompts = backbone.final_norm(batch.prompts)
+    if batch.pooling == "prompt":
+        return norm(prompts.mean(1))
+    return norm(torch.cat([image, prompts], dim=1).mean(1))
+
+
+def merge_outputs(outputs: Sequence[Any], context: ForwardContext) -> Any:
+    """Merges the outputs of several heads in the order of the batch.
+
+    Returns:
+        ``(num_images, most labels, ...)``, or a tuple of such. Missing labels are zeros, since segmentation models
+        still interpolate the output.
+    """
+    if not isinstance(outputs[0], Tensor):
+        return tuple(merge_outputs(parts, context) for parts in zip(*outputs, strict=True))
+    width = max(output.shape[1] for output in outputs)
+    padded = [
+        nn.functional.pad(output, (*(0, 0) * (output.ndim - 2), 0, width - output.shape[1])) for output in outputs
+    ]
+    order = [row for batch in context.batches for row in batch.rows or ()]
+    positions = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(padded)[positions]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Applies a function to a tensor, or to each tensor in a list or tuple of feature maps."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return [map_tensors(function, item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def call_in_own_precision(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module whose precision or device may differ from the backbone's."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or not parameter.is_floating_point():
+        return module(*args, **kwargs)
+
+    def convert(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        autocast = torch.is_autocast_enabled(value.device.type)
+        return value.to(parameter.device, value.dtype if autocast else parameter.dtype)
+
+    return module(*(map_tensors(convert, value) for value in args), **kwargs)

@@ -1,0 +1,109 @@
+"""The prompts of one layer for a whole batch: gathered from the adapters, and expanded to each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .context import AdapterBatch, LayerContext
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPrompts:
+    """The prompts of one adapter in one layer.
+
+    Attributes:
+        index: index of the adapter's batch in the forward pass.
+        batch: that batch.
+        tokens: ``(1 or images of the adapter, p, width)``.
+        fresh: they are the layer's own, not outputs of the previous layer.
+        needs_output: their outputs are computed.
+    """
+
+    index: int
+    batch: AdapterBatch
+    tokens: Tensor
+    fresh: bool
+    needs_output: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """The prompts of all adapters in one layer, and which of them each image attends to.
+
+    Attributes:
+        tokens: ``(1 or num_images, p, width)`` for a single adapter, else ``(1, total, width)``.
+        prompt_index: ``(num_images, p)``, indices into the ``total`` prompts; None for a single adapter.
+        valid_mask: ``(num_images, p)``, False for padding; None if all images have the same number of prompts.
+    """
+
+    tokens: Tensor
+    prompt_index: Tensor | None = None
+    valid_mask: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of prompts of each image, with padding, p."""
+        return self.tokens.shape[1] if self.prompt_index is None else self.prompt_index.shape[1]
+
+    def append(self, image: Tensor, prompts: Tensor, num_images: int) -> Tensor:
+        """Appends queries, keys or values of the prompts to those of every window of every image.
+
+        Args:
+            image: ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
+            prompts: ``(1 or num_images, total, num_heads · head_dim)``, of :attr:`tokens`.
+
+        Returns:
+            ``(num_images · num_windows, num_heads, num_tokens + p, head_dim)``.
+        """
+        heads = prompts.to(image.dtype).unflatten(-1, (-1, image.shape[-1])).transpose(1, 2)
+        if self.prompt_index is not None:
+            heads = heads[0][:, self.prompt_index].transpose(0, 1)
+        num_rows = image.shape[0]
+        if heads.shape[0] in (1, num_rows):
+            return torch.cat([image, heads.expand(num_rows, -1, -1, -1)], dim=2)
+        windows = image.unflatten(0, (num_images, -1))
+        heads = heads.unsqueeze(1).expand(-1, windows.shape[1], -1, -1, -1)
+        return torch.cat([windows, heads], dim=3).flatten(0, 1)
+
+
+def gather_prompts(context: LayerContext) -> list[LayerPrompts]:
+    """The prompts that the adapters have in a layer."""
+    gathered = []
+    layer, forward = context.layer, context.forward
+    for index, (batch, prompts_in) in enumerate(zip(forward.batches, context.prompts_in, strict=True)):
+        plan = batch.plan(layer.index)
+        if plan is None or batch.adapter is None:
+            continue
+        num_images = forward.num_images if batch.rows is None else len(batch.rows)
+        tokens = batch.adapter.fresh_prompts(layer.index, num_images) if plan.fresh else prompts_in
+        assert tokens is not None  # the plan carries prompts only out of layers that have them
+        gathered.append(LayerPrompts(index, batch, layer.to_layer(tokens), plan.fresh, plan.route == "tokens"))
+    return gathered
+
+
+def batch_prompts(prompts: Sequence[LayerPrompts], num_images: int) -> PromptBatch:
+    """Batches the prompts of several adapters, padded to the longest."""
+    first = prompts[0]
+    if first.batch.rows is None:
+        return PromptBatch(first.tokens)
+    longest = max(own.tokens.shape[1] for own in prompts)
+    index = [[0] * longest for _ in range(num_images)]
+    valid = [[False] * longest for _ in range(num_images)]
+    total = 0
+    for own in prompts:
+        copies, length = own.tokens.shape[:2]
+        for number, row in enumerate(own.batch.rows or ()):
+            start = total + (length * number if copies > 1 else 0)
+            index[row][:length] = range(start, start + length)
+            valid[row][:length] = [True] * length
+        total += copies * length
+    device = first.tokens.device
+    return PromptBatch(
+        torch.cat([own.tokens.flatten(0, 1) for own in prompts]).unsqueeze(0),
+        torch.tensor(index, device=device),
+        None if all(map(all, valid)) else torch.tensor(valid, device=device),
+    )

@@ -1,0 +1,69 @@
+"""Atomic replacement of files, in folders that one process at a time writes to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+TEMPORARY = ".saving-"
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Excludes other processes from writing to a folder, and removes temporary files of killed ones.
+
+    The lock is on the folder itself, so that no file is left in it and processes need not agree on a temporary folder.
+    Where folders cannot be locked (Windows, NFS), the lock is a file in the temporary folder.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_flock(folder))
+        except (ImportError, OSError):
+            name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+            stack.enter_context(WeakFileLock(Path(tempfile.gettempdir()) / f"vpt-peft-{name}.lock"))
+        for left in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Replaces a file: at any moment it has the old content or the new one. A link is replaced, not followed."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY) as folder:
+        file = Path(folder) / path.name
+        with file.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(file, path)
+
+
+def save_atomically(processor: Any, folder: Path) -> None:
+    """Calls ``save_pretrained`` of an image processor, say, and replaces each of its files atomically."""
+    with tempfile.TemporaryDirectory() as temporary:
+        processor.save_pretrained(temporary)
+        with lock_folder(folder):
+            for file in sorted(Path(temporary).iterdir()):
+                atomic_write(folder / file.name, file.read_bytes())
+
+
+@contextmanager
+def _flock(folder: Path) -> Iterator[None]:
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing would not unlock it if a process was forked in between
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,507 @@
+"""VPTModel: a frozen backbone, a set of adapters, and the injector that brings them together."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import EllipsisType
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo
+from torch import Tensor, nn
+
+from .. import hub, io
+from ..adapter import Adapter, ProjectionCache
+from ..backbones import Backbone, find_backbone
+from ..config import PromptConfig
+from ..errors import AdapterError, RouteError
+from ..injection import AdapterBatch, ForwardContext, Injector, activate, has_overrides
+from .loss import add_loss, check_own_loss
+from .mixed_batch import check_adapter_name, check_adapters_exist, count_labels, mask_padded_logits, mix_adapters
+from .pretrained import PreTrainedAdapterModel
+from .saving import adapter_folder, save_adapters
+from .status import ModelStatus, get_status
+
+
+class VPTModel(PreTrainedAdapterModel):
+    """A frozen vision transformer with prompts, made by :func:`get_vpt_model` or :meth:`from_pretrained`.
+
+    It is called like its backbone and answers with the prompts and head of the active adapter. The backbone itself,
+    called directly, is unchanged.
+
+    Args:
+        model: a supported vision transformer of ``transformers``; it is frozen until :meth:`unload`.
+        config: configuration of the first adapter.
+        adapter_name: name of the first adapter.
+
+    Raises:
+        UnsupportedModelError, AdapterError, ConfigError, RouteError: and the model is unchanged.
+    """
+
+    def __init__(self, model: nn.Module, config: PromptConfig, adapter_name: str = "default") -> None:
+        check_adapter_name(adapter_name)
+        backbone = _find_bare_backbone(model)
+        adapter = Adapter(hub.add_provenance(config, backbone), backbone)
+        self._build(backbone, adapter_name, adapter, training=model.training)
+
+    def _build(self, backbone: Backbone, adapter_name: str, adapter: Adapter, training: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._injector: Injector | None = Injector(backbone)
+        self._modules["base_model"] = backbone.model
+        self.adapters = nn.ModuleDict()
+        self._active_adapter = adapter_name
+        # In a list, so that torch.compile guards on the adapter's shapes and not on its name.
+        self._active_list: list[Adapter] = []
+        self._num_disabled = 0
+        self._caches: dict[str, ProjectionCache] | None = None  # by adapter, while serving
+        self.training = training
+        self._insert(adapter_name, adapter)
+        self.set_adapter(adapter_name)
+        self.train(training)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # as in PEFT
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **source: Any,
+    ) -> VPTModel:
+        """Loads a saved adapter, with its head and labels, onto a backbone, in eval mode.
+
+        Args:
+            model: the backbone that the adapter was trained on, freshly loaded.
+            model_id: folder or Hub repository of the adapter, or of one with a single adapter in a subfolder.
+            is_trainable: False: the adapter is frozen, for inference.
+            dtype: precision of the adapter's tensors; None: float32. ``torch_dtype`` is its older name.
+            source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
+
+        Raises:
+            CheckpointError: the folder is incomplete or damaged, or the adapter was made for another backbone.
+            UnsupportedModelError, AdapterError, ConfigError: and the model is unchanged.
+        """
+        check_adapter_name(adapter_name)
+        dtype = _storage_dtype(dtype, torch_dtype)
+        backbone = _find_bare_backbone(model)
+        with hub.pulled(model_id, **source) as folder:
+            adapter = io.load_adapter(folder, backbone, is_trainable, dtype)
+        hub.warn_if_revision_differs(adapter.config, model)
+        vpt = cls.__new__(cls)
+        vpt._build(backbone, adapter_name, adapter, training=False)
+        return vpt
+
+    # -- forward pass -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the backbone with the active adapter, or each image with its own. The output is the backbone's own.
+
+        Args:
+            pixel_values: ``(num_images, num_channels, height, width)``, from the backbone's image processor.
+            labels: class numbers ``(num_images,)``, or ``(num_images, height, width)`` for segmentation, or what the
+                task's loss takes; the output then contains the loss.
+            adapter_names: the adapter of each image, ``"__base__"`` for the bare backbone, in one forward pass.
+                ``logits`` are padded with ``-inf``; ``num_labels`` is the number of labels of each row. The active
+                adapter and :meth:`disable_adapter` then have no effect.
+
+        Raises:
+            AdapterError: an argument does not match the adapters; RouteError: prompts did not reach a layer.
+        """
+        self._check_loaded()
+        if pixel_values is None:
+            raise AdapterError("pixel_values must be given, got None. Use the backbone's image processor to make them.")
+        optional = {
+            "bool_masked_pos": bool_masked_pos, "interpolate_pos_encoding": interpolate_pos_encoding,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        kwargs |= {name: value for name, value in optional.items() if value is not None}
+        if self._num_disabled and adapter_names is None:
+            kwargs |= {"labels": labels} if labels is not None else {}
+            return self.base_model(pixel_values, return_dict=return_dict, **kwargs)
+        if labels is not None and adapter_names is not None:
+            raise AdapterError(
+                "labels cannot be given with adapter_names: tasks differ in labels. Train one at a time."
+            )
+
+        head = self.backbone.head
+        if labels is not None and head.own_loss:
+            check_own_loss(self.backbone, self._active)
+            kwargs["labels"] = labels
+        context = self._make_context(pixel_values.shape[0], adapter_names)
+        num_labels = None  # counted now: another thread may delete an adapter during the forward pass
+        if adapter_names is not None:
+            num_labels = count_labels(self._adapters, adapter_names, self.base_model.config.num_labels)
+        with activate(context):
+            output = self.base_model(pixel_values, return_dict=True, **kwargs)
+        self._check_layers_reached(context)
+        if labels is not None and not head.own_loss:
+            output = add_loss(output, labels, self.loss_function, self.config, kwargs)
+        if num_labels is not None and head.label_layers:
+            mask_padded_logits(output, num_labels)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _make_context(self, num_images: int, adapter_names: Sequence[str] | None) -> ForwardContext:
+        if adapter_names is not None:
+            return mix_adapters(self._adapters, adapter_names, num_images, self.training)
+        batch = AdapterBatch(self._active)
+        if self._caches is not None and not self.training and not self._active.owns_backbone_parts:
+            batch.cache = self._caches.setdefault(self._active_adapter, ProjectionCache())
+        return ForwardContext(num_images, [batch], self.training)
+
+    def _check_layers_reached(self, context: ForwardContext) -> None:
+        expected = sum(context.has_prompts(layer.index) for layer in self.backbone.layers)
+        if context.layers_reached != expected:
+            raise RouteError(
+                f"Prompts must reach {expected} layers, but reached {context.layers_reached}: the backbone skipped "
+                "some, or its layers were replaced after the adapter was attached. Unload and attach it again."
+            )
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model answers as the bare backbone with its own head."""
+        self._num_disabled += 1
+        try:
+            yield
+        finally:
+            self._num_disabled -= 1
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """A context in which keys and values of prompts are kept between calls, and computed again if they change.
+
+        It speeds up calls without gradients, in eval mode and outside ``torch.compile`` and autocast. All results are
+        the same as without it.
+        """
+        previous, self._caches = self._caches, {}
+        try:
+            yield
+        finally:
+            self._caches = previous
+
+    @property
+    def routes(self) -> dict[int, str]:
+        """``{layer: "tokens" or "key_value"}``: how the prompts of the active adapter are computed, by layer."""
+        return {layer: plan.route for layer, plan in enumerate(self._active.plan) if plan is not None}
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _adapters(self) -> dict[str, Adapter]:
+        return self.adapters._modules  # type: ignore[return-value]
+
+    @property
+    def _active(self) -> Adapter:  # type: ignore[override]
+        return self._active_list[0]
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the active adapter."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:  # type: ignore[override]  # as in PEFT
+        """The name of the active adapter in a list, as in PEFT."""
+        return [self._active_adapter]
+
+    @property
+    def peft_config(self) -> dict[str, PromptConfig]:  # type: ignore[override]
+        """The config of each adapter."""
+        return {name: adapter.config for name, adapter in self._adapters.items()}
+
+    @property
+    def active_config(self) -> PromptConfig:
+        """The config of the active adapter."""
+        return self._active.config
+
+    def add_adapter(self, adapter_name: str, config: PromptConfig, **labels: Any) -> None:  # type: ignore[override]
+        """Adds an adapter with new prompts. The active adapter remains active.
+
+        Args:
+            labels: ``num_labels``, ``id2label``, ``label2id`` or ``problem_type`` where they differ from the model's.
+                With another number of labels, the head is initialised.
+        """
+        self._check_loaded()
+        check_adapter_name(adapter_name)
+        if adapter_name in self.adapters:
+            raise AdapterError(f"An adapter '{adapter_name}' exists already. Delete it first, or choose another name.")
+        self._insert(adapter_name, Adapter(hub.add_provenance(config, self.backbone), self.backbone, labels))
+
+    def load_adapter(  # type: ignore[override]  # as in PEFT
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **source: Any,
+    ) -> None:
+        """Adds a saved adapter. If one of that name and an equal config exists, its tensors are replaced.
+
+        Args:
+            model_id: folder or Hub repository of the adapter.
+            is_trainable: False: the adapter stays frozen, also when it becomes active.
+            dtype: precision of its tensors; None: float32. ``torch_dtype`` is its older name.
+            source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
+
+        Raises:
+            CheckpointError: the folder is incomplete or damaged, the adapter was made for another backbone, or one of
+                that name and another config exists. Nothing has changed.
+        """
+        self._check_loaded()
+        check_adapter_name(adapter_name)
+        dtype = _storage_dtype(dtype, torch_dtype)
+        with hub.pulled(model_id, **source) as folder:
+            if adapter_name in self.adapters:
+                io.reload_adapter(self._adapters[adapter_name], folder, self.backbone)
+                return
+            adapter = io.load_adapter(folder, self.backbone, is_trainable, dtype)
+        hub.warn_if_revision_differs(adapter.config, self.base_model)
+        self._insert(adapter_name, adapter)
+
+    def _insert(self, adapter_name: str, adapter: Adapter) -> None:
+        assert self._injector is not None
+        self._injector.add_overrides(adapter.overridden_paths)
+        adapter.requires_grad_(False)
+        self.adapters._modules[adapter_name] = adapter.train(self.training)  # item assignment refuses some names
+
+    def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]  # as in PEFT
+        """Makes an adapter the active one. Only that trains, unless it was loaded with ``is_trainable=False``."""
+        self._check_loaded()
+        check_adapters_exist(self.adapters, [adapter_name])  # type: ignore[arg-type]
+        for previous in self._active_list:
+            previous.requires_grad_(False)
+        adapter = self._adapters[adapter_name]
+        adapter.requires_grad_(not adapter.config.inference_mode)
+        self._active_adapter = adapter_name
+        self._active_list = [adapter]
+
+    def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]  # as in PEFT
+        """Deletes an adapter. If it was the active one, the first of the others becomes active, with a warning."""
+        self._check_loaded()
+        check_adapters_exist(self.adapters, [adapter_name])  # type: ignore[arg-type]
+        others = [name for name in self.adapters if name != adapter_name]
+        if not others:
+            raise AdapterError(f"'{adapter_name}' is the only adapter. Use unload() to get the bare backbone back.")
+        del self.adapters[adapter_name]
+        if self._caches is not None:
+            self._caches.pop(adapter_name, None)
+        if adapter_name == self._active_adapter:
+            self.set_adapter(others[0])
+            warnings.warn(
+                f"The active adapter '{adapter_name}' was deleted; '{others[0]}' is active now.", stacklevel=2
+            )
+
+    def unload(self) -> Any:
+        """Removes all adapters, hooks and overrides, and returns the original backbone."""
+        self._check_loaded()
+        assert self._injector is not None
+        self._injector.remove()
+        self._injector = None
+        return self.base_model
+
+    def _check_loaded(self) -> None:
+        if self._injector is None:
+            raise AdapterError("This VPTModel was unloaded and has no backbone any more. Make a new one.")
+
+    # -- inspection -------------------------------------------------------------------------------------------------
+
+    def get_base_model(self) -> Any:
+        """The bare backbone with its own head."""
+        return self.base_model
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+        """The tensors of an adapter, by default the active one; see :func:`~vpt_peft.get_adapter_state_dict`."""
+        return get_adapter_state_dict(self, self._active_adapter if adapter_name is None else adapter_name)
+
+    def get_model_status(self) -> ModelStatus:
+        """Adapters, and which of them is active and trains, as PEFT's ``get_model_status``."""
+        trainable, total = self.get_nb_trainable_parameters()
+        model_type = type(self.base_model).__name__
+        return get_status(self._adapters, self._active_adapter, self._num_disabled == 0, model_type, trainable, total)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of parameters that train, and of all."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the numbers of :meth:`get_nb_trainable_parameters`, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]  # as in PEFT
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_adapters: Sequence[str] | None = None,
+        image_processor: Any = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | EllipsisType | None = ...,
+        save_function: Any = None,
+        **card_details: Any,
+    ) -> None:
+        """Saves adapters: "default" into ``save_directory`` itself, any other into a subfolder of its name.
+
+        Args:
+            selected_adapters: None: all.
+            image_processor: saved beside the adapters, so that ``AutoImageProcessor`` finds it there.
+            is_main_process: False: writes nothing, and only takes part in gathering sharded tensors.
+            state_dict: the model's state dict, gathered from several processes, or None. If it is given, as by
+                ``Trainer``, a checkpoint of the active adapter is saved: its weights are also in
+                ``model.safetensors``, with the keys of the model's state dict.
+            save_function: accepted for compatibility and not used: files are always replaced atomically.
+            card_details: see :meth:`create_or_update_model_card`.
+
+        Raises:
+            CheckpointError: a folder contains a full model, or ``state_dict`` lacks tensors. Nothing was saved.
+        """
+        self._check_loaded()
+        unknown = sorted(card_details.keys() - hub.CARD_DETAILS)
+        if unknown:
+            raise TypeError(
+                f"save_pretrained takes no {', '.join(unknown)}; for the card it takes {sorted(hub.CARD_DETAILS)}."
+            )
+        is_checkpoint = state_dict is not ...
+        names = [self._active_adapter] if is_checkpoint else list(self.adapters)
+        names = names if selected_adapters is None else list(selected_adapters)
+        check_adapters_exist(self.adapters, names)  # type: ignore[arg-type]
+        if not names:
+            raise AdapterError(f"selected_adapters must name some of {', '.join(self.adapters)}, got none.")
+        save_adapters(
+            {name: self._adapters[name] for name in names},
+            save_directory,
+            checkpointed=(self._active_adapter if self._active_adapter in names else names[0])
+            if is_checkpoint
+            else None,
+            model_state=None if state_dict is ... else state_dict,
+            image_processor=image_processor,
+            is_main_process=is_main_process,
+            card_details=card_details,
+        )
+
+    def create_or_update_model_card(
+        self, output_dir: str | os.PathLike[str], adapter_name: str = "default", **details: Any
+    ) -> None:
+        """Writes the model card of an adapter, or updates the generated part and the metadata of an existing one.
+
+        Args:
+            output_dir: as for :meth:`save_pretrained`.
+            details: ``model_id``, ``training_data``, ``metrics`` (``{name: value}``) and ``license``.
+        """
+        check_adapters_exist(self.adapters, [adapter_name])  # type: ignore[arg-type]
+        subfolder = None if adapter_name == "default" else adapter_name
+        hub.write_card(
+            self._adapters[adapter_name], adapter_folder(output_dir, adapter_name), subfolder=subfolder, **details
+        )
+
+    def push_to_hub(  # type: ignore[override]  # as in PEFT
+        self,
+        repo_id: str,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        image_processor: Any = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        **card_details: Any,
+    ) -> CommitInfo:
+        """Saves adapters and uploads them; unchanged files are not uploaded again.
+
+        Args:
+            repo_id: the repository, such as "me/birds-vpt"; created if it does not exist.
+            private, revision, create_pr, token, commit_message: as in ``huggingface_hub``.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: from the Hub client.
+        """
+        self._check_loaded()
+        with TemporaryDirectory() as folder:
+            hub.fetch_cards(repo_id, folder, revision=revision, token=token)
+            self.save_pretrained(folder, selected_adapters, image_processor, **{"model_id": repo_id, **card_details})
+            for name in self.adapters if selected_adapters is None else selected_adapters:
+                hub.warn_if_local(self._adapters[name].config.base_model_name_or_path)
+            return hub.push(
+                Path(folder), repo_id, private=private, revision=revision, create_pr=create_pr, token=token,
+                commit_message=commit_message,
+            )  # fmt: skip
+
+
+def get_vpt_model(model: nn.Module, config: PromptConfig, adapter_name: str = "default") -> VPTModel:
+    """Freezes a vision transformer and adds prompts and a head that are trained.
+
+    Args:
+        model: a supported model of ``transformers``, such as ``ViTForImageClassification``.
+        config: what to train; ``PromptConfig()`` is VPT-Deep with 10 prompts per layer.
+        adapter_name: name of the adapter.
+
+    Raises:
+        VPTError: the model or the config is not supported; the model is unchanged.
+    """
+    return VPTModel(model, config, adapter_name)
+
+
+def get_adapter_state_dict(model: VPTModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The tensors of an adapter, detached but not copied, with the keys of its file."""
+    check_adapters_exist(model.adapters, [adapter_name])  # type: ignore[arg-type]
+    return io.gather_state_dict(model._adapters[adapter_name])
+
+
+def set_adapter_state_dict(model: VPTModel, state_dict: dict[str, Tensor], adapter_name: str = "default") -> None:
+    """Copies tensors into an adapter, all or none.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and mismatched tensor; nothing has changed.
+    """
+    check_adapters_exist(model.adapters, [adapter_name])  # type: ignore[arg-type]
+    io.load_state_dict(model._adapters[adapter_name], state_dict)
+
+
+def _find_bare_backbone(model: nn.Module) -> Backbone:
+    if isinstance(model, nn.Module) and has_overrides(model):
+        raise AdapterError(
+            f"Expected a bare backbone, got {type(model).__name__}, which already has adapters. Call unload() on the "
+            "VPTModel that was made from it first."
+        )
+    return find_backbone(model)
+
+
+def _storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The precision given by either of two argument names.
+
+    Raises:
+        AdapterError: it is not floating point, or the two differ.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise AdapterError(
+            f"dtype and its older name torch_dtype must agree, got {dtype} and {torch_dtype}. Give one of them."
+        )
+    asked = torch_dtype if dtype is None else dtype
+    if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
+        raise AdapterError(f"dtype must be a floating-point torch.dtype, such as torch.bfloat16, got {asked!r}.")
+    return asked
