@@ -86,7 +86,7 @@ def check_settings(args: argparse.Namespace, task: Task) -> None:
             file.write_text(json.dumps(current, indent=1), encoding="utf-8")
 
 
-def chosen_method(args: argparse.Namespace) -> Method:
+def build_method(args: argparse.Namespace) -> Method:
     """The method with the settings of the command line."""
     methods = METHODS if args.model else METHODS | digits.SMALL_METHODS
     method = methods[args.method].with_rates(args.learning_rate, args.head_learning_rate)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     silence_transformers()
     try:
-        method = chosen_method(args)
+        method = build_method(args)
         task = Task.load(args, args.seeds[0])
         check_settings(args, task)
         splits = task.splits

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -50,6 +46,13 @@ def hub() -> Iterator[HubServer]:
     HUB.check()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_garbage_collection() -> None:
+    """Exempts imported modules from garbage collection, which accelerate runs several times per training."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
@@ -77,8 +80,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder with a folder of pictures for each class: all red, all green, ..."""
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Creates a folder with one folder of images per class: all red, all green, ..."""
 
     def make(name: str, classes: str = "red green", number: int = 5, splits: tuple[str, ...] = ("",)) -> Path:
         for color in classes.split():
@@ -90,39 +93,3 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
-
-
-@pytest.fixture
-def used_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, set[bytes]]]:
-    """What the examples with Trainer prepare pictures for, and which ones, in order."""
-    from trainer_task import Task  # the tests that use this know where the examples are
-
-    used: list[tuple[str, set[bytes]]] = []
-
-    def recording(purpose: str, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, rows: Any) -> Any:
-            used.append((purpose, {picture.tobytes() for picture in rows["image"]}))
-            return prepare(self, rows)
-
-        return call
-
-    for purpose in ("for_training", "for_testing"):
-        monkeypatch.setattr(Task, purpose, recording(purpose, getattr(Task, purpose)))
-    return used
-
-
-@pytest.fixture
-def launched(tmp_path: Path) -> Callable[..., str]:
-    """Runs a script, given as its module, by a launcher, and gives what it printed."""
-
-    def launch(launcher: list[str], script: ModuleType, *options: str) -> str:
-        file = Path(str(script.__file__))
-        command = [sys.executable, "-m", *launcher, str(file), *options]
-        environment = os.environ | {
-            "PYTHONPATH": str(file.parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"
-        }  # fmt: skip
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return launch

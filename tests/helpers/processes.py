@@ -22,7 +22,6 @@ from transformers import Trainer, TrainingArguments
 from helpers.models import BUILDERS, Tiny, gradients
 from vpt_peft import VPTModel, adamw, get_adapter_state_dict, set_adapter_state_dict
 
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]  # to run a module with -m
 CONFIGS: dict[str, dict[str, Any]] = {"deep": {}, "shallow": {"deep": False, "projection_dim": 6, "bias": "all"}}
 
 
