@@ -169,3 +169,41 @@ def test_a_deep_copy_is_independent(tiny: Tiny) -> None:
             parameter.zero_()
     assert torch.equal(logits(vpt, tiny.pixel_values), before)
     assert copied.unload() is not tiny.model
+
+
+def checkpointing(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """The settings of gradient checkpointing of each module."""
+    return {
+        name: {key: value for key, value in vars(module).items() if "gradient_checkpointing" in key}
+        for name, module in model.named_modules()
+    }
+
+
+def test_unload_restores_gradient_checkpointing_that_was_on(tiny: Tiny) -> None:
+    tiny.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    before = checkpointing(tiny.model)
+    vpt = tiny.prompted()
+    vpt.gradient_checkpointing_disable()
+    assert not tiny.model.is_gradient_checkpointing
+    model = vpt.unload()
+    assert model.is_gradient_checkpointing and checkpointing(model) == before
+    settings = [own["_gradient_checkpointing_func"].keywords for own in before.values() if own]
+    assert settings and all(own == {"use_reentrant": False, "preserve_rng_state": False} for own in settings)
+
+
+def test_unload_ends_gradient_checkpointing_that_was_off(tiny: Tiny) -> None:
+    before = checkpointing(tiny.model)
+    vpt = tiny.prompted()
+    vpt.gradient_checkpointing_enable()
+    assert tiny.model.is_gradient_checkpointing and checkpointing(tiny.model) != before
+    model = vpt.unload()
+    assert not model.is_gradient_checkpointing and checkpointing(model) == before
+
+
+def test_unload_restores_the_function_of_gradient_checkpointing(tiny: Tiny) -> None:
+    tiny.model.gradient_checkpointing_enable({"use_reentrant": True})
+    before = checkpointing(tiny.model)
+    vpt = tiny.prompted()
+    vpt.gradient_checkpointing_enable({"use_reentrant": False})
+    assert checkpointing(tiny.model) != before
+    assert checkpointing(vpt.unload()) == before

@@ -14,8 +14,8 @@ from ..backbones import Backbone
 from ..config import PromptConfig
 from ..errors import ConfigError
 from .dequantize import dequantize
-from .labels import get_labels, set_labels
-from .modules import ModuleTree, clone, copy_head, find_biases, find_modules_to_save
+from .labels import get_labels, make_labels
+from .modules import ModuleTree, clone, copy_head, describe, find_biases, find_modules_to_save
 from .plan import plan_layers
 from .prompts import Prompts, make_projection
 
@@ -39,7 +39,10 @@ class Adapter(nn.Module):
         bias: ``bias.{path}``, the copies of the backbone's biases by the path of their module.
         modules_to_save: ``modules_to_save.{path}.*``.
         plan: one :class:`~vpt_peft.adapter.LayerPlan` for each layer, or None.
+        num_labels: number of labels of the task.
         model_config: the model's config with the labels of this task.
+        layout: its state dict on the meta device.
+        head_classes: classes of the head's output layers by path, such as ``{"classifier": "Linear"}``.
 
     Raises:
         ConfigError, RouteError: the config does not fit the backbone.
@@ -64,8 +67,11 @@ class Adapter(nn.Module):
         self.prompts = Prompts(config, fresh, backbone.patch_size, device)
         self.projection: Any = make_projection(config, fresh, device)
 
+        labels = make_labels(backbone.model.config, labels or {})
+        self.num_labels = len(labels["id2label"])
         self.model_config = _copy_config(backbone.model.config)
-        set_labels(self.model_config, labels or {})
+        for name, value in labels.items():
+            setattr(self.model_config, name, value)
         self.head, self.bias, self.modules_to_save = ModuleTree(), ModuleTree(), ModuleTree()
         for path in backbone.head.paths:
             self.head.add(path, copy_head(backbone, path, self.num_labels, device))
@@ -78,6 +84,10 @@ class Adapter(nn.Module):
             if tensor.is_floating_point():  # trained in float32 whatever the backbone's precision, as in PEFT
                 tensor.data = tensor.data.float()
         self.requires_grad_(True)
+        # What an adapter of this config has when it is loaded: whatever changes later cannot be saved.
+        self.layout = {name: _to_meta(name, value) for name, value in self.state_dict().items()}
+        layers = {path: self.head.find(path) for path in backbone.head.label_layers}
+        self.head_classes = {path: describe(layer) for path, layer in layers.items() if layer is not None}
 
     def fresh_prompts(self, layer: int, num_images: int) -> Tensor:
         """The prompts that enter a layer.
@@ -108,18 +118,23 @@ class Adapter(nn.Module):
         return self.head.parameters()
 
     @property
-    def num_labels(self) -> int:
-        """Number of labels of the task."""
-        return int(self.model_config.num_labels)
-
-    @property
     def owns_backbone_parts(self) -> bool:
         """Whether it has copies of biases or modules of the backbone."""
         return bool(self.modules_to_save.paths or self.bias.paths)
 
     def labels(self) -> dict[str, Any]:
-        """``id2label``, ``label2id`` and ``problem_type``."""
-        return get_labels(self.model_config)
+        """``id2label``, ``label2id`` and ``problem_type``.
+
+        Raises:
+            ConfigError: they have been changed in ``model_config``, and are not valid or not as many as the outputs.
+        """
+        labels = get_labels(self.model_config)
+        if len(labels["id2label"]) != self.num_labels and self.head.paths:
+            raise ConfigError(
+                f"The config must have the {self.num_labels} labels that the adapter was made with, got "
+                f"{len(labels['id2label'])}. Set config.id2label, or add an adapter with another num_labels."
+            )
+        return labels
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode. Modules of an adapter that is frozen stay in eval mode, so that batch norms do not update."""
@@ -153,7 +168,18 @@ class Adapter(nn.Module):
 
 def _copy_config(config: Any) -> Any:
     """A deep copy; the label maps, which may be long, are copied flat, which is equivalent and much faster."""
-    return copy.deepcopy(config, {id(labels): dict(labels) for labels in (config.id2label, config.label2id) if labels})
+    return copy.deepcopy(
+        config, {id(labels): dict(labels) for labels in (config.id2label, config.label2id) if isinstance(labels, dict)}
+    )
+
+
+def _to_meta(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ConfigError(
+            f"Modules trained by an adapter must have a state of tensors, got {type(value).__name__} for {name}. Only "
+            "tensors can be saved."
+        )
+    return value.to("meta")
 
 
 def _task_type(config: PromptConfig, backbone: Backbone) -> str:

@@ -55,22 +55,37 @@ class ModuleTree(nn.Module):
 
 
 def copy_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
-    """A copy of a module of the model's head, with new output layers if the number of labels differs."""
+    """A copy of a module of the model's head, with new output layers if the number of labels differs.
+
+    Raises:
+        ConfigError: the model's head does not have the number of outputs in its config, or cannot be copied.
+    """
     on_meta = device.type == "meta"
     head = dequantize(clone(backbone.model.get_submodule(path), on_meta), path, on_meta)
-    if num_labels == backbone.model.config.num_labels:
-        return head
     for output in backbone.head.label_layers:
         if output == path:
-            return _new_output(head, output, backbone, num_labels, device)
+            return _output_layer(head, output, backbone, num_labels, device)
         if output.startswith(path + "."):
             parent, _, name = output.removeprefix(path + ".").rpartition(".")
             holder = head.get_submodule(parent)
-            setattr(holder, name, _new_output(getattr(holder, name), output, backbone, num_labels, device))
+            setattr(holder, name, _output_layer(getattr(holder, name), output, backbone, num_labels, device))
     return head
 
 
-def _new_output(layer: Any, path: str, backbone: Backbone, num_labels: int, device: torch.device) -> nn.Module:
+def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, device: torch.device) -> nn.Module:
+    """A copied layer of the head, or a new one for another number of labels."""
+    expected = len(backbone.model.config.id2label or ())
+    if num_labels == expected:
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", expected)
+        if outputs != expected:
+            raise ConfigError(
+                f"The head must have an output for each label in the model's config, got {outputs} outputs of '{path}' "
+                f"for num_labels={expected}. Load the model with num_labels={outputs}, or correct model.config first: "
+                f"its num_labels, or the names in its id2label and label2id."
+            )
+        return layer
+    if num_labels == 0 and backbone.head.task_type == "IMAGE_CLASSIFICATION":
+        return nn.Identity()  # as transformers does
     if isinstance(layer, nn.Linear | nn.Identity):
         return nn.Linear(backbone.num_features, num_labels, device=device)
     if isinstance(layer, nn.Conv2d):
@@ -79,6 +94,12 @@ def _new_output(layer: Any, path: str, backbone: Backbone, num_labels: int, devi
         f"A head with {num_labels} labels can replace a linear layer or a convolution, got {type(layer).__name__} at "
         f"'{path}'. Load the backbone with num_labels={num_labels}."
     )
+
+
+def describe(module: nn.Module) -> str:
+    """The classes of a module and of those inside, such as ``Sequential(Dropout, Linear)``."""
+    inside = ", ".join(describe(child) for child in module.children())
+    return f"{type(module).__name__}({inside})" if inside else type(module).__name__
 
 
 def find_modules_to_save(config: PromptConfig, backbone: Backbone) -> dict[str, nn.Module]:
@@ -127,6 +148,7 @@ def clone(module: nn.Module, on_meta: bool = False) -> nn.Module:
     Args:
         on_meta: create its parameters on the meta device, for weights that are loaded next.
     """
+    _check_plain(module)
     memo: dict[int, Any] = {}
     if on_meta:
         plain = [own for part in module.modules() if not is_quantized(part) for own in part.parameters(recurse=False)]
@@ -141,6 +163,19 @@ def clone(module: nn.Module, on_meta: bool = False) -> nn.Module:
             setattr(part, name, OrderedDict())
         part.__dict__.pop("forward", None)
     return copied
+
+
+def _check_plain(module: nn.Module) -> None:
+    """Raises ConfigError if a hook computes a tensor of the module from parameters: copies have no hooks."""
+    for part in module.modules():
+        for name, value in part.__dict__.items():
+            computed = isinstance(value, torch.Tensor) and any(own.startswith(f"{name}_") for own in part._parameters)
+            if computed and not is_quantized(part):
+                raise ConfigError(
+                    f"Modules trained by an adapter must own their parameters, got a {type(part).__name__} with a hook "
+                    f"that computes its {name}, as of torch.nn.utils.prune, weight_norm or spectral_norm. Remove it "
+                    "before (prune.remove, remove_weight_norm), or use torch.nn.utils.parametrizations."
+                )
 
 
 def find_biases(config: PromptConfig, backbone: Backbone, owned: list[str]) -> dict[str, nn.Parameter]:

@@ -173,6 +173,7 @@ def _check_parts(backbone: Backbone) -> None:
     for layer in backbone.layers:
         for name in PARTS:
             layer.part(name)
+        _ = layer.part("attention").config  # names the attention implementation
         for scale in (backbone.architecture.attention_scale, backbone.architecture.mlp_scale):
             if scale is not None:
                 attrgetter(scale)(layer.module)

@@ -6,15 +6,18 @@ The code of the backbone knows nothing of adapters, so the state is not passed t
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, LayerPlan, ProjectionCache
-from ..backbones import Layer
+from ..backbones import Backbone, Layer
 
 
 @dataclass(eq=False)
@@ -56,16 +59,20 @@ class ForwardContext:
     """One forward pass of one batch.
 
     Attributes:
+        backbone: the backbone that runs.
         num_images: number of images in the batch.
         batches: its parts by adapter.
         training: whether gradients may be needed.
+        entered: the modules that must be entered once, the model and its encoder, as far as they have been.
         layers_reached: number of layers with prompts that have run so far.
         last_hidden_state: output of the encoder, ``(num_images, num_tokens, width)``, where a pooling reads it.
     """
 
+    backbone: Backbone
     num_images: int
     batches: Sequence[AdapterBatch]
     training: bool
+    entered: tuple[nn.Module, ...] = ()
     layers_reached: int = 0
     last_hidden_state: Tensor | None = None
 
@@ -100,14 +107,15 @@ class _Current(threading.local):
 
     def __init__(self) -> None:
         self.context: ForwardContext | LayerContext | None = None
+        self.disabled: list[tuple[object, object]] = []  # models and tasks, see disable()
 
 
 _current = _Current()
 
 
 @contextmanager
-def activate(context: ForwardContext | LayerContext) -> Iterator[None]:
-    """Makes a context the current one of this thread, and restores the previous one."""
+def activate(context: ForwardContext | LayerContext | None) -> Iterator[None]:
+    """Makes a context the current one of this thread, None for the bare backbone, and restores the previous one."""
     previous, _current.context = _current.context, context
     try:
         yield
@@ -115,13 +123,42 @@ def activate(context: ForwardContext | LayerContext) -> Iterator[None]:
         _current.context = previous
 
 
-def current_forward() -> ForwardContext | None:
-    """The forward pass that the caller is part of; None if the backbone was called directly."""
+def current_forward(backbone: Backbone) -> ForwardContext | None:
+    """The forward pass of a backbone that the caller is part of; None if the backbone was called directly."""
     context = _current.context
-    return context.forward if isinstance(context, LayerContext) else context
+    forward = context.forward if isinstance(context, LayerContext) else context
+    return forward if forward is not None and forward.backbone is backbone else None
 
 
 def current_layer() -> LayerContext | None:
     """The layer that the caller is part of; None outside of layers."""
     context = _current.context
     return context if isinstance(context, LayerContext) else None
+
+
+@contextmanager
+def disable(model: object) -> Iterator[None]:
+    """A context in which :func:`is_disabled` holds for a model, in this thread and this task of an event loop."""
+    entry = (model, _current_task())
+    _current.disabled.append(entry)
+    try:
+        yield
+    finally:
+        _current.disabled.remove(entry)
+
+
+def is_disabled(model: object) -> bool:
+    """Whether the caller is inside :func:`disable`. torch.compile cannot trace tasks: there, the thread counts."""
+    if not _current.disabled:
+        return False
+    if torch.compiler.is_compiling():
+        return any(owner is model for owner, _ in _current.disabled)
+    return any(owner is model and task is _current_task() for owner, task in _current.disabled)
+
+
+def _current_task() -> Any:
+    """The running task of an event loop; None outside of loops."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

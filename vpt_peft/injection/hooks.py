@@ -9,24 +9,24 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backbones import Layer
+from ..backbones import Backbone, Layer
 from ..errors import RouteError
 from .context import ForwardContext, LayerContext, activate, current_forward
-from .overrides import ForwardOverride
+from .overrides import ForwardOverride, identity
 
 
 class LayerHook(ForwardOverride):
     """Runs one layer with its prompts: an override of ``forward`` rather than a hook, since the layer must run inside
     a context, be checkpointed in eval mode and, in Swin, on a copy of its settings."""
 
-    def __init__(self, layer: Layer) -> None:
-        super().__init__(layer.module)
+    def __init__(self, backbone: Backbone, layer: Layer) -> None:
+        super().__init__(backbone, layer.module)
         self.layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = current_forward()
+        forward = current_forward(self.backbone)
         if forward is None:
-            return self.forward(*args, **kwargs)
+            return self._layer_forward(*args, **kwargs)
         run: Callable[..., Any] = partial(self._run, forward, **kwargs)
         if forward.training and getattr(self.module, "gradient_checkpointing", False):
             run = partial(self._checkpoint, run)
@@ -79,41 +79,27 @@ class PatchMergingHook:
     It runs before the merging, so that in the backward pass the image comes first and gathers sharded weights (FSDP2).
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, module: nn.Module) -> None:
+        self.backbone = backbone
         self.module = module
 
     def inject(self) -> None:
         """Registers the hook."""
-        self.handle: RemovableHandle = self.module.register_forward_pre_hook(_merge_prompts)
+        self.handle: RemovableHandle = self.module.register_forward_pre_hook(self)
 
     def remove(self) -> None:
         """Removes the hook."""
         self.handle.remove()
 
+    def __call__(self, module: Any, _: Any) -> None:
+        forward = current_forward(self.backbone)
+        for batch in forward.batches if forward is not None else ():
+            if batch.prompts is not None:
+                batch.prompts = module.reduction(module.norm(batch.prompts.repeat(1, 1, 4)))
 
-def _merge_prompts(module: Any, _: Any) -> None:
-    forward = current_forward()
-    for batch in forward.batches if forward is not None else ():
-        if batch.prompts is not None:
-            batch.prompts = module.reduction(module.norm(batch.prompts.repeat(1, 1, 4)))
-
-
-class BackboneOutputHook:
-    """Keeps the output of the encoder for classifiers with a pooling of their own."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        self.encoder = encoder
-
-    def inject(self) -> None:
-        """Registers the hook."""
-        self.handle: RemovableHandle = self.encoder.register_forward_hook(_keep_output)
-
-    def remove(self) -> None:
-        """Removes the hook."""
-        self.handle.remove()
+    def __reduce__(self) -> Any:
+        return identity, (_no_hook,)
 
 
-def _keep_output(_: nn.Module, __: Any, output: Any) -> None:
-    forward = current_forward()
-    if forward is not None and any(batch.pooling != "default" for batch in forward.batches):
-        forward.last_hidden_state = output.last_hidden_state
+def _no_hook(*_: Any) -> None:
+    """Takes the place of a hook in a copy or pickle of a module, see :class:`~.overrides.ForwardOverride`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,31 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import is_quantized
 from ..backbones import Backbone
-from .context import AdapterBatch, ForwardContext, current_forward
+from .context import AdapterBatch, ForwardContext, activate, current_forward
 
 
 class AttributeProxy:
-    """An object with some attributes replaced; all others are read from the original."""
+    """An object with some attributes replaced; all others are read from the original. Copies are of the original."""
 
     def __init__(self, original: Any, **replaced: Any) -> None:
         self.__dict__.update(replaced, _original=original)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_original":  # looked up while a proxy is being copied or unpickled
+        if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._original, name)
 
+    def __reduce__(self) -> Any:
+        return identity, (self._original,)
+
 
 class ForwardOverride(ABC):
-    """Takes the place of ``module.forward``. Outside of a forward pass with adapters, it calls the original.
+    """Takes the place of ``module.forward``. Outside of a forward pass of its backbone, it calls the original.
+
+    Copies and pickles of the module have the original again: only a VPTModel knows how to remove an override.
 
     Attributes:
         forward: the original.
         earlier: another library's override that was there before, such as accelerate's; None if there was none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, module: nn.Module) -> None:
+        self.backbone = backbone
         self.module: Any = module
 
     def inject(self) -> None:
@@ -43,24 +51,53 @@ class ForwardOverride(ABC):
         self.module.forward = self
 
     def remove(self) -> None:
-        """Restores ``module.forward``."""
+        """Restores ``module.forward``. Another library's override that was put on later stays, with a warning."""
+        if self.module.__dict__.get("forward") is not self:
+            warnings.warn(
+                f"The forward of a {type(self.module).__name__} was overridden after the adapter was attached, by "
+                "accelerate for example. That override stays; remove it before unload() to get the original back.",
+                stacklevel=4,
+            )
+            return
         del self.module.forward
         if self.earlier is not None:
             self.module.forward = self.earlier
+
+    def __reduce__(self) -> Any:
+        return (getattr, (self.module, "forward")) if self.earlier is None else (identity, (self.earlier,))
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+class EntryOverride(ForwardOverride):
+    """Lets a forward pass enter the model and its encoder once. Further calls, from hooks of the user's in the same
+    pass, are direct calls of the bare backbone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = current_forward(self.backbone)
+        if context is None:
+            with activate(None):  # it may be called in the pass of another backbone
+                return self.forward(*args, **kwargs)
+        if self.module in context.entered:
+            with activate(None):
+                return self.forward(*args, **kwargs)
+        context.entered = (*context.entered, self.module)
+        output = self.forward(*args, **kwargs)
+        if self.module is self.backbone.encoder and any(batch.pooling != "default" for batch in context.batches):
+            context.last_hidden_state = output.last_hidden_state
+        return output
+
+
 class ModuleOverride(ForwardOverride):
     """Uses an adapter's copy of a module, or of its bias. Adapters with such copies are never mixed in a batch."""
 
-    def __init__(self, module: nn.Module, path: str) -> None:
-        super().__init__(module)
+    def __init__(self, backbone: Backbone, path: str) -> None:
+        super().__init__(backbone, backbone.model.get_submodule(path))
         self.path = path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        context = current_forward()
+        context = current_forward(self.backbone)
         adapter = context.batches[0].adapter if context is not None else None
         if adapter is None:
             return self.forward(*args, **kwargs)
@@ -74,6 +111,8 @@ class ModuleOverride(ForwardOverride):
         bias = bias.to(args[0].device)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             bias = bias.to(weight.dtype)
+        if is_quantized(self.module):
+            bias = bias.clone()  # bitsandbytes overwrites the data of the bias that it is given
         return type(self.module).forward(AttributeProxy(self.module, bias=bias), *args, **kwargs)
 
 
@@ -81,12 +120,11 @@ class HeadOverride(ForwardOverride):
     """Calls each adapter's own head on the features that its pooling selects."""
 
     def __init__(self, backbone: Backbone, path: str) -> None:
-        super().__init__(backbone.model.get_submodule(path))
-        self.backbone = backbone
+        super().__init__(backbone, backbone.model.get_submodule(path))
         self.path = path
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
-        context = current_forward()
+        context = current_forward(self.backbone)
         if context is None:
             return self.forward(features, *args, **kwargs)
         outputs = [self._call_head(context, batch, features, *args, **kwargs) for batch in context.batches]
@@ -159,3 +197,8 @@ def call_in_own_precision(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return value.to(parameter.device, value.dtype if autocast else parameter.dtype)
 
     return module(*(map_tensors(convert, value) for value in args), **kwargs)
+
+
+def identity(value: Any) -> Any:
+    """For pickles: an object that is another one's copy."""
+    return value

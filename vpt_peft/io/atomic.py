@@ -45,13 +45,11 @@ def atomic_write(path: Path, content: bytes) -> None:
         os.replace(file, path)
 
 
-def save_atomically(processor: Any, folder: Path) -> None:
-    """Calls ``save_pretrained`` of an image processor, say, and replaces each of its files atomically."""
+def pack_files(processor: Any) -> dict[str, bytes]:
+    """The files that ``save_pretrained`` of an image processor, say, writes: ``{name: content}``."""
     with tempfile.TemporaryDirectory() as temporary:
         processor.save_pretrained(temporary)
-        with lock_folder(folder):
-            for file in sorted(Path(temporary).iterdir()):
-                atomic_write(folder / file.name, file.read_bytes())
+        return {file.name: file.read_bytes() for file in sorted(Path(temporary).iterdir())}
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..config import PromptConfig
 from ..errors import CheckpointError, ConfigError, safe_repr, truncate_list
 from ..version import __version__
 from .atomic import atomic_write, lock_folder
+from .fingerprint import Fingerprint, check_fingerprint
 from .state_dict import check_shapes, load_state_dict
 from .weights import Weights, digest, open_weights, pack_weights
 
@@ -46,6 +47,8 @@ class SavedAdapter:
     Attributes:
         labels: ``id2label``, ``label2id`` and ``problem_type``.
         model_type, widths: type of the backbone, and the width of each layer, as they are in the file.
+        head: classes of the head's output layers by path, as they are in the file; None in files of other tools.
+        fingerprint: of the backbone; None in files of other tools.
         weights: the weights file, open.
     """
 
@@ -53,26 +56,29 @@ class SavedAdapter:
     labels: dict[str, Any]
     model_type: Any
     widths: Any
+    head: Any
+    fingerprint: Fingerprint | None
     weights: Weights
 
 
-def save_adapter(adapter: Adapter, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes an adapter folder. At any moment it holds the old adapter or the new one.
+def pack_config(adapter: Adapter, fingerprint: Fingerprint) -> bytes:
+    """The content of ``adapter_config.json``, checked as when it is loaded.
 
     Args:
-        tensors: the adapter's state dict.
+        fingerprint: of the adapter's backbone.
 
     Raises:
-        CheckpointError: the folder is a file, or the config is too large.
+        CheckpointError, ConfigError: it could not be loaded.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"save_pretrained needs a folder, got the file '{folder}'. Choose another name.")
-    folder.mkdir(parents=True, exist_ok=True)
     values = {
         **adapter.config.replace(inference_mode=True).to_dict(),
         **adapter.labels(),
         "model_type": adapter.model_type,
         "widths": adapter.widths,
+        "head": adapter.head_classes,
+        "fingerprint": fingerprint.without(
+            [*adapter.head.paths, *adapter.modules_to_save.paths], adapter.bias.paths
+        ).to_dict(),
         "vpt_peft_version": __version__,
     }
     content = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
@@ -80,6 +86,17 @@ def save_adapter(adapter: Adapter, folder: Path, tensors: Mapping[str, Tensor]) 
         raise CheckpointError(
             f"{CONFIG_NAME} must be at most {MAX_CONFIG_BYTES:,} bytes, got {len(content):,}. Shorten the label names."
         )
+    _parse(json.loads(content))
+    return content
+
+
+def save_adapter(folder: Path, content: bytes, tensors: Mapping[str, Tensor]) -> None:
+    """Writes an adapter folder. At any moment it holds the old adapter or the new one.
+
+    Args:
+        content: see :func:`pack_config`.
+        tensors: the adapter's state dict.
+    """
     with lock_folder(folder):
         path = folder / CONFIG_NAME
         previous = path.read_bytes() if path.is_file() else b""
@@ -89,12 +106,17 @@ def save_adapter(adapter: Adapter, folder: Path, tensors: Mapping[str, Tensor]) 
 
 
 def load_adapter(
-    folder: Path, backbone: Backbone, is_trainable: bool = False, dtype: torch.dtype | None = None
+    folder: Path,
+    backbone: Backbone,
+    fingerprint: Fingerprint | None,
+    is_trainable: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Adapter:
     """Creates an adapter from its folder.
 
     Args:
         folder: see :func:`open_folder`.
+        fingerprint: the backbone's, which must be that of the adapter; None: it may be another.
         is_trainable: whether it may train.
         dtype: precision of its tensors; None: float32.
 
@@ -102,33 +124,35 @@ def load_adapter(
         CheckpointError: the folder is incomplete or damaged, or the adapter was made for another backbone.
     """
     with open_folder(folder) as saved:
-        _check_backbone(saved, backbone)
+        _check_backbone(saved, backbone, fingerprint)
         config = saved.config.replace(inference_mode=not is_trainable)
         try:  # on the meta device: no memory is allocated until the shapes are known to match
             adapter = Adapter(config, backbone, saved.labels, torch.device("meta"))
         except (RuntimeError, OverflowError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"No adapter with the values of {CONFIG_NAME} can be created: {reason}.") from error
+        _check_head(saved, adapter)
         check_shapes(adapter.state_dict(), saved.weights.shapes)
         adapter.materialize(backbone.device, dtype)
         load_state_dict(adapter, saved.weights.tensors())
         return adapter
 
 
-def reload_adapter(adapter: Adapter, folder: Path, backbone: Backbone) -> None:
-    """Loads the tensors in a folder into an adapter with equal config and labels.
+def reload_adapter(adapter: Adapter, folder: Path, backbone: Backbone, fingerprint: Fingerprint | None) -> None:
+    """Loads the tensors in a folder into an adapter with equal config and labels; see :func:`load_adapter`.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged, or its config differs. Nothing has changed.
     """
     with open_folder(folder) as saved:
-        _check_backbone(saved, backbone)
+        _check_backbone(saved, backbone, fingerprint)
         different = _different_fields(adapter, saved)
         if different:
             raise CheckpointError(
                 f"Expected the config and labels of the existing adapter, but '{folder}' differs in "
                 f"{', '.join(different)}. Delete that adapter first, or load under another name."
             )
+        _check_head(saved, adapter)
         check_shapes(adapter.state_dict(), saved.weights.shapes)
         load_state_dict(adapter, saved.weights.tensors())
 
@@ -210,18 +234,22 @@ def _parse_json(content: bytes, folder: Path) -> dict[str, Any]:
     return values
 
 
-def _parse(values: Mapping[str, Any]) -> tuple[PromptConfig, dict[str, Any], Any, Any]:
-    """Config, labels, model type and widths in ``adapter_config.json``."""
+def _parse(values: Mapping[str, Any]) -> tuple[PromptConfig, dict[str, Any], Any, Any, Any, Fingerprint | None]:
+    """Config, labels, model type, widths, head and fingerprint in ``adapter_config.json``."""
     values = {name: value for name, value in values.items() if name != "vpt_peft_version"}
     try:
         labels = {name: values.pop(name) for name in ("id2label", "label2id", "problem_type")}
         model_type, widths = values.pop("model_type"), values.pop("widths")
-        config, labels = PromptConfig.from_dict(values), check_labels(**labels)
-        json.dumps([config.to_dict(), labels], ensure_ascii=False).encode()  # JSON may contain half a surrogate pair
-        return config, labels, model_type, widths
+        head, fingerprint = values.pop("head", None), values.pop("fingerprint", None)
+        config, checked = PromptConfig.from_dict(values), check_labels(**labels)
+        names = {str(label): name for label, name in checked["id2label"].items()}
+        if {**checked, "id2label": names} != labels:  # such as names that are numbers
+            raise ConfigError("id2label must map 0 to n-1 to strings, and label2id strings to 0 to n-1.")
+        parsed = None if fingerprint is None else Fingerprint.from_dict(fingerprint)
+        return config, checked, model_type, widths, head, parsed
     except KeyError as error:
         raise CheckpointError(f"{CONFIG_NAME} must contain {error}. Was it saved by vpt-peft?") from error
-    except (ConfigError, UnicodeEncodeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{CONFIG_NAME} is not valid: {error}") from error
 
 
@@ -242,14 +270,26 @@ def _check_sealed(saved: SavedAdapter, sealed: SavedAdapter) -> None:
         )
 
 
-def _check_backbone(saved: SavedAdapter, backbone: Backbone) -> None:
+def _check_backbone(saved: SavedAdapter, backbone: Backbone, fingerprint: Fingerprint | None) -> None:
     """Raises CheckpointError, naming both, if an adapter was made for another backbone."""
+    name = saved.config.base_model_name_or_path
     if (saved.model_type, saved.widths) != (backbone.model_type, backbone.widths):
-        name = saved.config.base_model_name_or_path
         raise CheckpointError(
             f"The adapter was made for a {safe_repr(saved.model_type)} backbone with layers of widths "
             f"{safe_repr(saved.widths)}, got {type(backbone.model).__name__} ('{backbone.model_type}') with layers of "
             f"widths {backbone.widths}. Load the backbone it was trained on{f': {safe_repr(name)}' if name else ''}."
+        )
+
+    if fingerprint is not None and saved.fingerprint is not None:
+        check_fingerprint(saved.fingerprint, fingerprint, name)
+
+
+def _check_head(saved: SavedAdapter, adapter: Adapter) -> None:
+    """Raises CheckpointError if a head of the user's own was saved, and the backbone has another, or the reverse."""
+    if saved.head not in (None, adapter.head_classes):
+        raise CheckpointError(
+            f"The adapter was saved with the head {safe_repr(saved.head)}, but the backbone has "
+            f"{adapter.head_classes}. Give the backbone the same head before loading."
         )
 
 

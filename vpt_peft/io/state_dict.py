@@ -34,8 +34,13 @@ def load_state_dict(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         _copy(tensor, own[name])
 
 
-def check_state_dict(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def check_state_dict(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, outcome: str = "Nothing was loaded."
+) -> None:
     """Checks that tensors can replace a module's own.
+
+    Args:
+        outcome: end of the error message.
 
     Raises:
         CheckpointError: lists all tensors that are missing, unexpected, no dense tensors, of another shape or type, or
@@ -43,7 +48,7 @@ def check_state_dict(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -
     """
     _check_names(tensors)
     other = [f"{name}: {type(tensor).__name__}" for name, tensor in tensors.items() if not _is_dense(tensor)]
-    _raise_mismatches({"no dense tensors": other})
+    _raise_mismatches({"no dense tensors": other}, outcome)
     other_type, not_finite = [], []
     for name in own.keys() & tensors.keys():
         given, dtype = tensors[name], own[name].dtype
@@ -52,7 +57,8 @@ def check_state_dict(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -
         elif not _is_finite(given.to(dtype)):
             not_finite.append(name if given.dtype == dtype else f"{name} in {dtype}")
     mismatches = _shape_mismatches(own, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    _raise_mismatches({**mismatches, "of another type": other_type, "not finite (NaN or infinite)": not_finite})
+    mismatches |= {"of another type": other_type, "not finite (NaN or infinite)": not_finite}
+    _raise_mismatches(mismatches, outcome)
 
 
 def check_shapes(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -61,7 +67,7 @@ def check_shapes(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
     Raises:
         CheckpointError: lists all that are missing, unexpected or of another shape.
     """
-    _raise_mismatches(_shape_mismatches(own, shapes))
+    _raise_mismatches(_shape_mismatches(own, shapes), "Nothing was loaded.")
 
 
 def strip_compile_prefix(state_dict: object) -> dict[str, Tensor]:
@@ -95,7 +101,7 @@ def _shape_mismatches(own: Mapping[str, Tensor], given: Mapping[str, tuple[int, 
     }
 
 
-def _raise_mismatches(mismatches: Mapping[str, list[str]]) -> None:
+def _raise_mismatches(mismatches: Mapping[str, list[str]], outcome: str) -> None:
     """Raises one CheckpointError that lists all mismatches by kind; nothing if there are none."""
     shortened = {
         kind: [name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..." for name in sorted(names)]
@@ -103,7 +109,7 @@ def _raise_mismatches(mismatches: Mapping[str, list[str]]) -> None:
     }
     found = [f"{kind}: {truncate_list(names, MAX_LISTED)}" for kind, names in shortened.items() if names]
     if found:
-        raise CheckpointError("The tensors do not match the adapter. " + "; ".join(found) + ". Nothing was loaded.")
+        raise CheckpointError(f"The tensors do not match the adapter. {'; '.join(found)}. {outcome}")
 
 
 def _is_dense(tensor: object) -> bool:

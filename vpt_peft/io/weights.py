@@ -91,7 +91,7 @@ def open_weights(path: Path) -> Iterator[Weights]:
         if size > MAX_HEADER_BYTES:
             raise ValueError(f"its header must be at most {MAX_HEADER_BYTES:,} bytes, got {size:,}")
         opened: Any = safe_open(path, "pt")
-    except (OSError, ValueError, MemoryError, SafetensorError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"'{path}' must be a safetensors file, but is damaged or something else: {_reason(error)}. "
             "Pickled weights are never opened."

@@ -30,10 +30,11 @@ def add_loss(output: Any, labels: Tensor, loss_function: Any, config: Any, kwarg
         kwargs: arguments of the forward call, of which ``num_items_in_batch`` is passed on.
 
     Raises:
-        AdapterError: the output has no logits.
+        AdapterError: the output has no logits of labels.
     """
-    if "logits" not in output:
-        raise AdapterError(f"labels need a model with a classifier, got {type(output).__name__}. Leave labels out.")
+    if "logits" not in output or config.num_labels == 0:
+        got = "num_labels=0" if "logits" in output else type(output).__name__
+        raise AdapterError(f"labels need a model with a classifier, got {got}. Leave labels out.")
     counted = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
     loss = loss_function(labels, output.logits, config, **counted)
     return type(output)(**{**output, "loss": loss})

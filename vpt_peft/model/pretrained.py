@@ -174,8 +174,8 @@ class PreTrainedAdapterModel(PreTrainedModel):
         _drop_backbone_keys(self, given, "")
         if given and not any(name.startswith("adapters.") for name in given):
             raise CheckpointError(
-                f"Expected keys such as adapters.{self._active_adapter}.prompts.0, got {next(iter(given))}. For the state "
-                "dict of one adapter use set_adapter_state_dict(model, state_dict, adapter_name)."
+                f"Expected keys such as adapters.{self._active_adapter}.prompts.0, got {next(iter(given))}. For the "
+                "state dict of one adapter use set_adapter_state_dict(model, state_dict, adapter_name)."
             )
         own = dict(self.state_dict())
         common = own.keys() & given.keys()

@@ -12,15 +12,20 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import CheckpointError, truncate_list
-from ..hub import write_card
+from ..hub import CARD_NAME, render_card, update_card
 from ..io import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Fingerprint,
     atomic_write,
+    check_state_dict,
     gather_state_dict,
     lock_folder,
     open_weights,
+    pack_config,
+    pack_files,
     pack_weights,
     save_adapter,
-    save_atomically,
     strip_compile_prefix,
 )
 
@@ -37,6 +42,7 @@ def adapter_folder(save_directory: str | os.PathLike[str], adapter_name: str) ->
 def save_adapters(
     adapters: Mapping[str, Adapter],
     save_directory: str | os.PathLike[str],
+    fingerprint: Fingerprint,
     *,
     checkpointed: str | None = None,
     model_state: Mapping[str, Tensor] | None = None,
@@ -44,34 +50,48 @@ def save_adapters(
     is_main_process: bool = True,
     card_details: Mapping[str, Any],
 ) -> None:
-    """Saves adapters, each in its folder.
+    """Saves adapters, each in its folder. All of it is checked before the first file is written; then each adapter is
+    replaced atomically, but not all of them together.
 
     Args:
         adapters: those to save, by name.
+        fingerprint: of their backbone.
         checkpointed: name of the adapter whose weights are also written to ``model.safetensors``, where Trainer looks
             for them, with the keys of the model's state dict. None: only if the file exists already.
         model_state: state dict of the model, gathered from several processes; None: the adapters' own tensors.
         is_main_process: False: only take part in gathering tensors.
-        card_details: see :func:`~vpt_peft.hub.write_card`.
+        card_details: see :func:`~vpt_peft.hub.render_card`.
 
     Raises:
-        CheckpointError: a folder contains a full model, or ``model_state`` lacks tensors. Nothing was saved.
+        CheckpointError, ConfigError: an adapter could not be loaded again, a folder contains a full model or cannot be
+            written to, or ``model_state`` lacks tensors. Nothing was saved.
     """
     directory = Path(save_directory)
-    folders = {adapter_folder(directory, name) for name in adapters}
-    for folder in sorted(folders if checkpointed is None else folders | {directory}):
-        _check_no_model(folder)  # in all processes, since those that go on would wait for the others
+    folders = {name: adapter_folder(directory, name) for name in adapters}
+    # In all processes, since those that go on would wait for the others.
+    for folder in sorted({*folders.values(), *([] if checkpointed is None else [directory])}):
+        _check_writable(folder)
+        _check_no_model(folder)
+    configs = {name: pack_config(adapter, fingerprint) for name, adapter in adapters.items()}
+    cards = {
+        name: render_card(adapter, folders[name], subfolder=None if name == "default" else name, **card_details)
+        for name, adapter in adapters.items()
+    }
     gathered = None if not model_state else strip_compile_prefix(model_state)
     states = {name: _adapter_state(name, adapter, gathered) for name, adapter in adapters.items()}
     if not is_main_process:
         return
     for name, adapter in adapters.items():
-        folder = adapter_folder(directory, name)
-        save_adapter(adapter, folder, states[name])
-        if image_processor is not None:
-            save_atomically(image_processor, folder)
-        subfolder = None if name == "default" else name
-        write_card(adapter, folder, subfolder=subfolder, **card_details)
+        outcome = f"Nothing was saved, since '{name}' could not be loaded again."
+        check_state_dict(adapter.layout, states[name], outcome=outcome)
+    processor_files = {} if image_processor is None else pack_files(image_processor)
+    _make_folders(folders)
+    for name, folder in folders.items():
+        save_adapter(folder, configs[name], states[name])
+        with lock_folder(folder):
+            for file, content in processor_files.items():
+                atomic_write(folder / file, content)
+        update_card(folder, *cards[name], stacklevel=4)
     checkpointed = checkpointed or _checkpointed_adapter(directory)  # an existing file must not become stale
     if checkpointed in states:
         _write_trainer_file(directory, checkpointed, states[checkpointed])
@@ -95,6 +115,30 @@ def _write_trainer_file(directory: Path, name: str, state: Mapping[str, Tensor])
     content = pack_weights({f"adapters.{name}.{key}": tensor for key, tensor in state.items()}, {"adapter": name})
     with lock_folder(directory):
         atomic_write(directory / TRAINER_WEIGHTS, content)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises CheckpointError if there is a file where a folder should be, or a folder where a file should be."""
+    found = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not found.is_dir():
+        raise CheckpointError(f"save_pretrained needs a folder, got the file '{found}'. Choose another name.")
+    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, TRAINER_WEIGHTS):
+        if (folder / name).is_dir():
+            raise CheckpointError(f"save_pretrained writes the file '{folder / name}', got a folder. Remove it.")
+
+
+def _make_folders(folders: Mapping[str, Path]) -> None:
+    """Creates folders. Raises CheckpointError if two are one, by a link or since the file system ignores case."""
+    owners: dict[tuple[int, int], str] = {}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        status = folder.stat()
+        other = owners.setdefault((status.st_dev, status.st_ino), name)
+        if other != name:
+            raise CheckpointError(
+                f"Each adapter needs a folder of its own, but those of '{other}' and '{name}' are the same. "
+                "Nothing was saved."
+            )
 
 
 def _check_no_model(folder: Path) -> None:

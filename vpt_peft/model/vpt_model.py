@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,20 @@ from torch import Tensor, nn
 
 from .. import hub, io
 from ..adapter import Adapter, ProjectionCache
-from ..backbones import Backbone, find_backbone
+from ..backbones import Backbone
 from ..config import PromptConfig
 from ..errors import AdapterError, RouteError
-from ..injection import AdapterBatch, ForwardContext, Injector, activate, has_overrides
+from ..injection import AdapterBatch, ForwardContext, Injector, activate, disable, is_disabled
+from .backbone_checks import check_untrained, find_bare_backbone, warn_of_initialised_parts
 from .loss import add_loss, check_own_loss
-from .mixed_batch import check_adapter_name, check_adapters_exist, count_labels, mask_padded_logits, mix_adapters
+from .mixed_batch import (
+    check_adapter_name,
+    check_adapters_exist,
+    count_labels,
+    mask_padded_logits,
+    mix_adapters,
+    watch_gradients,
+)
 from .pretrained import PreTrainedAdapterModel
 from .saving import adapter_folder, save_adapters
 from .status import ModelStatus, get_status
@@ -45,25 +54,50 @@ class VPTModel(PreTrainedAdapterModel):
 
     def __init__(self, model: nn.Module, config: PromptConfig, adapter_name: str = "default") -> None:
         check_adapter_name(adapter_name)
-        backbone = _find_bare_backbone(model)
+        backbone = find_bare_backbone(model)
         adapter = Adapter(hub.add_provenance(config, backbone), backbone)
-        self._build(backbone, adapter_name, adapter, training=model.training)
+        self._build(backbone, io.take_fingerprint(backbone), adapter_name, adapter, training=model.training)
+        warn_of_initialised_parts(backbone, adapter)
 
-    def _build(self, backbone: Backbone, adapter_name: str, adapter: Adapter, training: bool) -> None:
+    def _build(
+        self, backbone: Backbone, fingerprint: io.Fingerprint, adapter_name: str, adapter: Adapter, training: bool
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self._fingerprint = fingerprint
         self._injector: Injector | None = Injector(backbone)
         self._modules["base_model"] = backbone.model
-        self.adapters = nn.ModuleDict()
         self._active_adapter = adapter_name
         # In a list, so that torch.compile guards on the adapter's shapes and not on its name.
         self._active_list: list[Adapter] = []
-        self._num_disabled = 0
-        self._caches: dict[str, ProjectionCache] | None = None  # by adapter, while serving
+        self._serving: list[object] = []  # one item for each open serving()
+        self._caches: dict[str, ProjectionCache] = {}  # by adapter, while serving
         self.training = training
+        self.adapters = nn.ModuleDict()
         self._insert(adapter_name, adapter)
         self.set_adapter(adapter_name)
         self.train(training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        injector = self._injector  # copies and pickles of the backbone are bare, see ForwardOverride
+        return {**self.__dict__, "_injector": injector and injector.settings, "_serving": [], "_caches": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        settings = state["_injector"]
+        super().__setstate__({**state, "_injector": None})  # type: ignore[no-untyped-call]
+        if settings is not None:
+            self._injector = Injector(self.backbone, settings)
+            for adapter in self._adapters.values():
+                self._injector.add_overrides(adapter.overridden_paths)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_new = name not in self.__dict__ and not hasattr(type(self), name) and name not in ("base_model", "adapters")
+        if is_new and (isinstance(value, nn.Module | nn.Parameter) or hasattr(self._modules.get("base_model"), name)):
+            raise AdapterError(
+                f"'{name}' cannot be set on a VPTModel, which would ignore it and not save it. Change the backbone "
+                "before get_vpt_model() or after unload(); an adapter's own head is in vpt.adapters[name].head."
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # as in PEFT
@@ -74,6 +108,7 @@ class VPTModel(PreTrainedAdapterModel):
         is_trainable: bool = False,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
+        check_backbone: bool = True,
         **source: Any,
     ) -> VPTModel:
         """Loads a saved adapter, with its head and labels, onto a backbone, in eval mode.
@@ -83,6 +118,8 @@ class VPTModel(PreTrainedAdapterModel):
             model_id: folder or Hub repository of the adapter, or of one with a single adapter in a subfolder.
             is_trainable: False: the adapter is frozen, for inference.
             dtype: precision of the adapter's tensors; None: float32. ``torch_dtype`` is its older name.
+            check_backbone: False: loads onto another backbone than the one the adapter was trained on, as far as
+                shapes permit.
             source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
 
         Raises:
@@ -91,12 +128,13 @@ class VPTModel(PreTrainedAdapterModel):
         """
         check_adapter_name(adapter_name)
         dtype = _storage_dtype(dtype, torch_dtype)
-        backbone = _find_bare_backbone(model)
+        backbone = find_bare_backbone(model)
+        fingerprint = io.take_fingerprint(backbone)
         with hub.pulled(model_id, **source) as folder:
-            adapter = io.load_adapter(folder, backbone, is_trainable, dtype)
+            adapter = io.load_adapter(folder, backbone, fingerprint if check_backbone else None, is_trainable, dtype)
         hub.warn_if_revision_differs(adapter.config, model)
         vpt = cls.__new__(cls)
-        vpt._build(backbone, adapter_name, adapter, training=False)
+        vpt._build(backbone, fingerprint, adapter_name, adapter, training=False)
         return vpt
 
     # -- forward pass -----------------------------------------------------------------------------------------------
@@ -134,39 +172,45 @@ class VPTModel(PreTrainedAdapterModel):
             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
         }  # fmt: skip
         kwargs |= {name: value for name, value in optional.items() if value is not None}
-        if self._num_disabled and adapter_names is None:
-            kwargs |= {"labels": labels} if labels is not None else {}
-            return self.base_model(pixel_values, return_dict=return_dict, **kwargs)
         if labels is not None and adapter_names is not None:
             raise AdapterError(
                 "labels cannot be given with adapter_names: tasks differ in labels. Train one at a time."
             )
 
         head = self.backbone.head
+        disabled = adapter_names is None and is_disabled(self)
         if labels is not None and head.own_loss:
-            check_own_loss(self.backbone, self._active)
+            if not disabled:
+                check_own_loss(self.backbone, self._active)
             kwargs["labels"] = labels
-        context = self._make_context(pixel_values.shape[0], adapter_names)
+        context = None if disabled else self._make_context(pixel_values.shape[0], adapter_names)
         num_labels = None  # counted now: another thread may delete an adapter during the forward pass
         if adapter_names is not None:
             num_labels = count_labels(self._adapters, adapter_names, self.base_model.config.num_labels)
         with activate(context):
             output = self.base_model(pixel_values, return_dict=True, **kwargs)
-        self._check_layers_reached(context)
+        if context is not None:
+            self._check_layers_reached(context)
+            watch_gradients(output, context)
         if labels is not None and not head.own_loss:
-            output = add_loss(output, labels, self.loss_function, self.config, kwargs)
+            config = copy.copy(self.base_model.config) if disabled else self.config  # the loss writes into it
+            output = add_loss(output, labels, self.loss_function, config, kwargs)
         if num_labels is not None and head.label_layers:
             mask_padded_logits(output, num_labels)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
     def _make_context(self, num_images: int, adapter_names: Sequence[str] | None) -> ForwardContext:
+        assert self._injector is not None
+        if not torch.compiler.is_compiling():
+            self._injector.check_modules()
         if adapter_names is not None:
-            return mix_adapters(self._adapters, adapter_names, num_images, self.training)
-        batch = AdapterBatch(self._active)
-        if self._caches is not None and not self.training and not self._active.owns_backbone_parts:
-            batch.cache = self._caches.setdefault(self._active_adapter, ProjectionCache())
-        return ForwardContext(num_images, [batch], self.training)
+            batches = mix_adapters(self._adapters, adapter_names, num_images)
+        else:
+            batches = [AdapterBatch(self._active)]
+            if self._serving and not self.training and not self._active.owns_backbone_parts:
+                batches[0].cache = self._caches.setdefault(self._active_adapter, ProjectionCache())
+        return ForwardContext(self.backbone, num_images, batches, self.training)
 
     def _check_layers_reached(self, context: ForwardContext) -> None:
         expected = sum(context.has_prompts(layer.index) for layer in self.backbone.layers)
@@ -178,12 +222,10 @@ class VPTModel(PreTrainedAdapterModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A context in which the model answers as the bare backbone with its own head."""
-        self._num_disabled += 1
-        try:
+        """A context in which the model answers as the bare backbone with its own head, in this thread and this task of
+        an event loop."""
+        with disable(self):
             yield
-        finally:
-            self._num_disabled -= 1
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -192,11 +234,14 @@ class VPTModel(PreTrainedAdapterModel):
         It speeds up calls without gradients, in eval mode and outside ``torch.compile`` and autocast. All results are
         the same as without it.
         """
-        previous, self._caches = self._caches, {}
+        entry = object()
+        self._serving.append(entry)
         try:
             yield
         finally:
-            self._caches = previous
+            self._serving.remove(entry)
+            if not self._serving:
+                self._caches.clear()
 
     @property
     def routes(self) -> dict[int, str]:
@@ -253,6 +298,7 @@ class VPTModel(PreTrainedAdapterModel):
         is_trainable: bool = False,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
+        check_backbone: bool = True,
         **source: Any,
     ) -> None:
         """Adds a saved adapter. If one of that name and an equal config exists, its tensors are replaced.
@@ -261,6 +307,7 @@ class VPTModel(PreTrainedAdapterModel):
             model_id: folder or Hub repository of the adapter.
             is_trainable: False: the adapter stays frozen, also when it becomes active.
             dtype: precision of its tensors; None: float32. ``torch_dtype`` is its older name.
+            check_backbone: False: loads an adapter that was trained on another backbone, as far as shapes permit.
             source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
 
         Raises:
@@ -270,11 +317,12 @@ class VPTModel(PreTrainedAdapterModel):
         self._check_loaded()
         check_adapter_name(adapter_name)
         dtype = _storage_dtype(dtype, torch_dtype)
+        fingerprint = self._fingerprint if check_backbone else None
         with hub.pulled(model_id, **source) as folder:
             if adapter_name in self.adapters:
-                io.reload_adapter(self._adapters[adapter_name], folder, self.backbone)
+                io.reload_adapter(self._adapters[adapter_name], folder, self.backbone, fingerprint)
                 return
-            adapter = io.load_adapter(folder, self.backbone, is_trainable, dtype)
+            adapter = io.load_adapter(folder, self.backbone, fingerprint, is_trainable, dtype)
         hub.warn_if_revision_differs(adapter.config, self.base_model)
         self._insert(adapter_name, adapter)
 
@@ -303,8 +351,7 @@ class VPTModel(PreTrainedAdapterModel):
         if not others:
             raise AdapterError(f"'{adapter_name}' is the only adapter. Use unload() to get the bare backbone back.")
         del self.adapters[adapter_name]
-        if self._caches is not None:
-            self._caches.pop(adapter_name, None)
+        self._caches.pop(adapter_name, None)
         if adapter_name == self._active_adapter:
             self.set_adapter(others[0])
             warnings.warn(
@@ -318,6 +365,11 @@ class VPTModel(PreTrainedAdapterModel):
         self._injector.remove()
         self._injector = None
         return self.base_model
+
+    def requires_grad_(self, requires_grad: bool = True) -> VPTModel:
+        """Makes the active adapter trainable, or freezes it. The backbone stays frozen."""
+        self._active.requires_grad_(requires_grad)
+        return self
 
     def _check_loaded(self) -> None:
         if self._injector is None:
@@ -337,7 +389,7 @@ class VPTModel(PreTrainedAdapterModel):
         """Adapters, and which of them is active and trains, as PEFT's ``get_model_status``."""
         trainable, total = self.get_nb_trainable_parameters()
         model_type = type(self.base_model).__name__
-        return get_status(self._adapters, self._active_adapter, self._num_disabled == 0, model_type, trainable, total)
+        return get_status(self._adapters, self._active_adapter, not is_disabled(self), model_type, trainable, total)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Number of parameters that train, and of all."""
@@ -391,9 +443,11 @@ class VPTModel(PreTrainedAdapterModel):
         check_adapters_exist(self.adapters, names)  # type: ignore[arg-type]
         if not names:
             raise AdapterError(f"selected_adapters must name some of {', '.join(self.adapters)}, got none.")
+        check_untrained(self.backbone, self._fingerprint)
         save_adapters(
             {name: self._adapters[name] for name in names},
             save_directory,
+            self._fingerprint,
             checkpointed=(self._active_adapter if self._active_adapter in names else names[0])
             if is_checkpoint
             else None,
@@ -480,15 +534,6 @@ def set_adapter_state_dict(model: VPTModel, state_dict: dict[str, Tensor], adapt
     """
     check_adapters_exist(model.adapters, [adapter_name])  # type: ignore[arg-type]
     io.load_state_dict(model._adapters[adapter_name], state_dict)
-
-
-def _find_bare_backbone(model: nn.Module) -> Backbone:
-    if isinstance(model, nn.Module) and has_overrides(model):
-        raise AdapterError(
-            f"Expected a bare backbone, got {type(model).__name__}, which already has adapters. Call unload() on the "
-            "VPTModel that was made from it first."
-        )
-    return find_backbone(model)
 
 
 def _storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
