@@ -39,6 +39,7 @@ class AutoVPTModel:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        check_backbone: bool = True,
         **model_kwargs: Any,
     ) -> VPTModel:
         """Loads backbone and adapter.
@@ -46,6 +47,7 @@ class AutoVPTModel:
         Args:
             model_id: folder or Hub repository of the adapter.
             revision, subfolder: of the adapter; the backbone is loaded at the revision the adapter was trained on.
+            check_backbone: False: loads the adapter although its backbone has changed.
             model_kwargs: for the backbone's ``from_pretrained``, such as ``dtype`` or ``device_map``. The backbone
                 named by an adapter is not trusted: running code of its repository (``trust_remote_code=True``) and
                 reading pickled weights (``use_safetensors=False``) must be allowed here.
@@ -60,7 +62,7 @@ class AutoVPTModel:
                 config = saved.config
             name = _backbone_name(cls.__name__, cls.task_type, config, model_id)
             model = _load_backbone(name, config, model_id, {**source, **model_kwargs})
-            return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable)
+            return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable, check_backbone=check_backbone)
 
 
 def _backbone_name(loader: str, task_type: str | None, config: PromptConfig, model_id: object) -> str:

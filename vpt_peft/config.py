@@ -82,6 +82,7 @@ class PromptConfig:
             _check(value in choices, name, _one_of(choices), value)
         for name in ("base_model_name_or_path", "revision"):
             _check(isinstance(getattr(self, name), str | None), name, "a string or None", getattr(self, name))
+            check_unicode(name, getattr(self, name) or "")
         self._freeze("layers_to_transform", _layers(self.layers_to_transform))
         self._freeze("modules_to_save", _module_names(self.modules_to_save))
         self._check_together()
@@ -120,6 +121,14 @@ class PromptConfig:
                 "The adapter may come from a newer vpt-peft: update, or remove the field."
             )
         return cls(**values)
+
+
+def check_unicode(name: str, value: str) -> None:
+    """Raises ConfigError for half a surrogate pair, which JSON may contain, but no other file."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name} must be valid Unicode, got {safe_repr(value)}: {error.reason}.") from error
 
 
 def _check(condition: bool, name: str, expected: str, value: Any) -> None:
@@ -164,4 +173,5 @@ def _module_names(value: Any) -> tuple[str, ...] | None:
     is_names = isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value)
     _check(is_names, "modules_to_save", "None or a list of module names", value)
     _check(len(set(value)) == len(value), "modules_to_save", "a list of different module names", value)
+    check_unicode("modules_to_save", "".join(value))
     return tuple(value) or None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import assert_same, tiny_vit
+from helpers.models import assert_same, logits, tiny_vit
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig, Trainer, TrainingArguments
 from transformers import ViTForImageClassification as Classifier
 
@@ -135,6 +135,67 @@ def test_a_copy_of_a_quantised_module_is_dense(load: Load) -> None:
     vpt(tiny.pixel_values, labels=tiny.labels).loss.backward()
     mlp = vpt.adapters["default"].replacement("vit.layers.3.mlp")
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in mlp.parameters())
+
+
+class Int8Linear(torch.nn.Linear):
+    """A linear layer with integer weights and a scale for each output, as quantisation libraries keep them."""
+
+    def __init__(self, dense: torch.nn.Linear) -> None:
+        super().__init__(dense.in_features, dense.out_features, dense.bias is not None)
+        self.scale = dense.weight.detach().abs().amax(1, keepdim=True) / 127
+        quantized = (dense.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+        self.bias = dense.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype) * self.scale.to(inputs.dtype), self.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [24, 300], ids=["narrow", "wider_than_a_part"])
+def test_the_copy_of_an_integer_head_computes_the_same_with_its_bias_once(bias: bool, width: int) -> None:
+    tiny = tiny_vit(hidden_size=width, num_hidden_layers=1)
+    head = tiny.model.classifier = Int8Linear(torch.nn.Linear(width, 7, bias))
+    if bias:
+        torch.nn.init.uniform_(head.bias, 1, 2)
+    assert is_quantized(head)
+    torch.nn.init.uniform_(tiny.model.vit.layernorm.bias)  # else features sum to 0, and hide what is added to weights
+    expected = logits(tiny.model, tiny.pixel_values)
+    vpt = get_vpt_model(tiny.model, PromptConfig(num_tokens=0))
+    torch.testing.assert_close(logits(vpt, tiny.pixel_values), expected, atol=1e-4, rtol=0)
+    state = get_adapter_state_dict(vpt)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    torch.testing.assert_close(state["head.classifier.weight"], head.weight * head.scale, atol=1e-6, rtol=0)
+    assert ("head.classifier.bias" in state) == bias
+    if bias:
+        assert torch.equal(state["head.classifier.bias"], head.bias)
+
+
+def test_the_copy_of_an_integer_module_computes_the_same_with_its_biases_once() -> None:
+    tiny = tiny_vit()
+    mlp = tiny.model.vit.layers[1].mlp
+    for name, layer in [(name, layer) for name, layer in mlp.named_children() if isinstance(layer, torch.nn.Linear)]:
+        torch.nn.init.uniform_(layer.bias, 1, 2)
+        setattr(mlp, name, Int8Linear(layer))
+    assert sum(map(is_quantized, mlp.modules())) == 2
+    expected = logits(tiny.model, tiny.pixel_values)
+    vpt = get_vpt_model(tiny.model, PromptConfig(num_tokens=0, modules_to_save=["layers.1.mlp"]))
+    torch.testing.assert_close(logits(vpt, tiny.pixel_values), expected, atol=1e-4, rtol=0)
+    vpt.train()(tiny.pixel_values, labels=tiny.labels).loss.backward()
+    assert all(parameter.grad is not None for parameter in vpt.adapters.parameters())
+
+
+def test_biases_are_trained_on_integer_layers() -> None:
+    tiny = tiny_vit()
+    attention = tiny.model.vit.layers[1].attention
+    attention.v_proj = Int8Linear(attention.v_proj)
+    expected = logits(tiny.model, tiny.pixel_values)
+    vpt = get_vpt_model(tiny.model, PromptConfig(num_tokens=0, bias="all"))
+    assert torch.equal(logits(vpt, tiny.pixel_values), expected)
+    with torch.no_grad():
+        vpt.get_parameter("adapters.default.bias.vit.layers.1.attention.v_proj").add_(1)
+        attention.v_proj.bias.add_(1)
+    assert torch.equal(logits(vpt, tiny.pixel_values), logits(tiny.model, tiny.pixel_values))
 
 
 def test_what_is_quantised_and_no_linear_layer_is_refused() -> None:

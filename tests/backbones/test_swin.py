@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from helpers.models import SWIN, Tiny, assert_same, gradients, logits, tiny_swin
+from torch import nn
 from transformers import SwinBackbone, SwinConfig, SwinForMaskedImageModeling, SwinModel
 
 from vpt_peft import ConfigError, PromptConfig, UnsupportedModelError, get_adapter_state_dict, get_vpt_model
@@ -93,6 +95,41 @@ def test_an_image_smaller_than_the_window_fails_as_in_the_backbone_and_harms_not
     assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value))
     swin.model.set_attn_implementation("sdpa")
     assert torch.equal(logits(vpt, swin.pixel_values), expected)
+
+
+class CountingHook(ModelHook):  # type: ignore[misc]
+    """A hook of accelerate that counts the calls of its module."""
+
+    def __init__(self) -> None:
+        self.before = self.after = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.before += 1
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.after += 1
+        return output
+
+
+@each_config
+def test_hooks_of_accelerate_on_layers_run_once_a_forward(swin: Tiny, config: dict[str, Any]) -> None:
+    """Layers without hooks run on a copy of themselves, by the forward of their class, which would skip the hook."""
+    expected = logits(tiny_swin().prompted(**config), swin.pixel_values)
+    hooks = [CountingHook() for _ in range(4)]
+    layers = [block for stage in swin.model.swin.encoder.layers for block in stage.blocks]
+    for layer, hook in zip(layers, hooks, strict=True):
+        add_hook_to_module(layer, hook)
+    forwards = [layer.forward for layer in layers]
+    vpt = swin.prompted(**config)
+    for number in (1, 2):
+        assert torch.equal(logits(vpt, swin.pixel_values), expected)
+        assert [(hook.before, hook.after) for hook in hooks] == [(number, number)] * 4
+    vpt.unload()
+    for layer, forward in zip(layers, forwards, strict=True):
+        assert layer.forward is forward
+    logits(swin.model, swin.pixel_values)
+    assert [(hook.before, hook.after) for hook in hooks] == [(3, 3)] * 4
 
 
 def test_prompts_are_as_wide_as_their_stage(swin: Tiny) -> None:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.hub_server import HubServer
 from helpers.models import Tiny, logits, tiny_vit
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -175,6 +177,39 @@ def test_a_transfer_cut_off_half_way_can_be_tried_again(online: HubServer, vpt: 
     assert torch.equal(logits(loaded, vit.pixel_values), logits(vpt, vit.pixel_values))
 
 
+@pytest.mark.parametrize("name", ["default", "birds"])
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_push_between_config_and_weights_mixes_no_two_adapters(
+    name: str, revision: str | None, online: HubServer, vit: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapter(num_tokens: int) -> VPTModel:
+        torch.manual_seed(num_tokens)
+        vpt = get_vpt_model(tiny_vit().model, PromptConfig(num_tokens, base_model_name_or_path="google/vit"), name)
+        with torch.no_grad():
+            for parameter in vpt.adapters.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        return vpt
+
+    older, newer = adapter(5), adapter(6)
+    older.push_to_hub(NAME)
+    downloaded = []
+
+    def download(repo_id: str, filename: str, **options: Any) -> str:
+        path = hf_hub_download(repo_id, filename, **options)
+        downloaded.append(filename)
+        if downloaded.count("adapter_config.json") == 1 and filename == "adapter_config.json":
+            newer.push_to_hub(NAME)
+        return path
+
+    monkeypatch.setattr("vpt_peft.hub.transfer.hf_hub_download", download)
+    subfolder = None if name == "default" else name
+    answers = [logits(vpt, vit.pixel_values) for vpt in (older, newer)]
+    for expected in answers:
+        loaded = VPTModel.from_pretrained(tiny_vit().model, NAME, name, revision=revision, subfolder=subfolder)
+        assert torch.equal(logits(loaded, vit.pixel_values), expected)
+    assert downloaded == ["adapter_config.json", "adapter_model.safetensors"] * 2
+
+
 def test_the_users_card_on_the_hub_is_kept(online: HubServer, vpt: VPTModel) -> None:
     vpt.push_to_hub(NAME)
     card = online.repo(NAME).files("main")["README.md"].decode()
@@ -223,4 +258,4 @@ def test_the_sharing_example_runs(hub: HubServer, vit: Tiny, tmp_path: Path) -> 
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "same answers: True" in done.stdout and "'owl'" in done.stdout
+    assert "Identical logits: True" in done.stdout and "'owl'" in done.stdout

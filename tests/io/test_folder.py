@@ -27,6 +27,7 @@ from vpt_peft import (
     set_adapter_state_dict,
 )
 from vpt_peft.config import CHOICES
+from vpt_peft.io import check_state_dict
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RELOADED = [("vit", name) for name in CONFIGS]
@@ -203,6 +204,23 @@ def test_values_that_are_infinite_in_the_adapters_precision_are_refused(vit: Tin
         set_adapter_state_dict(vpt, state)
 
 
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [
+        (torch.float32, torch.int64), (torch.float32, torch.complex64), (torch.int64, torch.float32),
+        (torch.int64, torch.complex64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_tensor_of_another_kind_of_number_is_refused(own: torch.dtype, given: torch.dtype) -> None:
+    with pytest.raises(CheckpointError, match=f"of another type: x: expected {own}, got {given}"):
+        check_state_dict({"x": torch.zeros(2, dtype=own)}, {"x": torch.zeros(2, dtype=given)})
+
+
+def test_large_values_are_finite_though_their_sum_is_not() -> None:
+    check_state_dict({"x": torch.zeros(2)}, {"x": torch.full((2,), 3e38)})
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / CONFIG
     config = {**json.loads(path.read_text()), **changes}
@@ -351,9 +369,29 @@ def test_a_label_edited_in_the_seal_alone_is_noticed(vit: Tiny, tmp_path: Path) 
     config = json.loads((tmp_path / CONFIG).read_text())
     edit_seal(tmp_path, config=config)
     VPTModel.from_pretrained(tiny_vit().model, tmp_path)
-    edit_seal(tmp_path, config={**config, "id2label": config["id2label"] | {"0": "cat"}})
+    names = config["id2label"] | {"0": "cat"}
+    labels = {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
+    edit_seal(tmp_path, config={**config, **labels})
     with pytest.raises(CheckpointError, match="is damaged: its content is not what was saved"):
         VPTModel.from_pretrained(tiny_vit().model, tmp_path)
+
+
+def test_an_adapter_is_reloaded_only_from_an_equal_config(vit: Tiny, tmp_path: Path) -> None:
+    vpt = vit.prompted()
+    vpt.save_pretrained(tmp_path)
+    edit_config(tmp_path, dropout=0.5, revision="main")
+    before = {name: tensor.clone() for name, tensor in get_adapter_state_dict(vpt).items()}
+    with pytest.raises(CheckpointError, match=r"differs in dropout, revision\. Delete that adapter first"):
+        vpt.load_adapter(tmp_path, "default")
+    assert_same(get_adapter_state_dict(vpt), before)
+
+
+def test_a_config_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    names = {0: "x" * 9 * 2**20, 1: "y"}
+    vpt = tiny_vit(num_labels=2, id2label=names, label2id={name: number for number, name in names.items()}).prompted()
+    with pytest.raises(CheckpointError, match=r"at most 8,388,608 bytes, got 18,.*Shorten the label names"):
+        vpt.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Bomb:
@@ -377,7 +415,8 @@ def test_a_folder_that_does_not_exist_is_named(vit: Tiny, tmp_path: Path) -> Non
 
 
 def test_an_adapter_for_another_architecture_names_both(vit: Tiny, swin: Tiny, tmp_path: Path) -> None:
-    vit.prompted().save_pretrained(tmp_path / "vit")
+    vpt = vit.prompted()
+    vpt.save_pretrained(tmp_path / "vit")
     swin.prompted().save_pretrained(tmp_path / "swin")
     with pytest.raises(CheckpointError, match=r"for a 'vit' backbone .* got SwinForImageClassification \('swin'\)"):
         VPTModel.from_pretrained(tiny_swin().model, tmp_path / "vit")
@@ -385,3 +424,5 @@ def test_an_adapter_for_another_architecture_names_both(vit: Tiny, swin: Tiny, t
         VPTModel.from_pretrained(tiny_vit().model, tmp_path / "swin")
     with pytest.raises(CheckpointError, match=r"widths \[24, 24, 24, 24\], got .* of widths \[48, 48, 48, 48\]"):
         VPTModel.from_pretrained(tiny_vit(hidden_size=48).model, tmp_path / "vit")
+    with pytest.raises(CheckpointError, match=r"for a 'swin' backbone .* got ViTForImageClassification"):
+        vpt.load_adapter(tmp_path / "swin", "default")

@@ -19,6 +19,7 @@ from helpers.mutations import DTYPES, HUGE, NASTY, join, render, split
 from safetensors.torch import load_file, save_file
 
 from vpt_peft import CheckpointError, PromptConfig, VPTError, VPTModel, get_adapter_state_dict
+from vpt_peft.io.weights import Weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MEGABYTES = 1024  # of further address space that loading may take
@@ -56,6 +57,16 @@ def config(**changes: Any) -> Callable[[Path], Any]:
         text(lambda old: json.dumps({**json.loads(old), **changes}))(folder)
 
     return change
+
+
+def fingerprint(**changes: Any) -> Callable[[Path], Any]:
+    """Changes the fingerprint of the backbone in the config."""
+
+    def change(old: str) -> str:
+        values = json.loads(old)
+        return json.dumps({**values, "fingerprint": {**values["fingerprint"], **changes}})
+
+    return text(change)
 
 
 def header(
@@ -171,6 +182,9 @@ TRICKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         text(lambda old: old.replace("LABEL_0", "\\ud800", 1)), "surrogates not allowed",
     ),
     "half a character in a name": (config(base_model_name_or_path="\ud800"), "surrogates not allowed"),
+    "a list as precision": (fingerprint(precision=[]), "fingerprint of the backbone is not valid"),
+    "a long name in the fingerprint": (fingerprint(tensors={"x" * 10**6: "1 2 3 4"}), "got no such tensor"),
+    "a million values in the fingerprint": (fingerprint(tensors={"x": "1 " * 10**6}), "is not valid"),
     "a link out of the folder to the config": (linked(CONFIG, "../out.json"), "link out of it"),
     "a link out of the folder to the weights": (linked(WEIGHTS, "../out.bin"), "link out of it"),
     "a link to a device": (instead(WEIGHTS, lambda path: path.symlink_to("/dev/zero")), "lacks"),
@@ -185,7 +199,7 @@ TRICKS |= {
 }
 WRONG: list[Any] = [None, -1, 0.5, "x", "", [], {}, [None], {"a": 1}, [[]], *HUGE]
 FIELDS = sorted(
-    PromptConfig().to_dict() | dict.fromkeys(("id2label", "label2id", "problem_type", "model_type", "widths"))
+    {*PromptConfig().to_dict(), "id2label", "label2id", "problem_type", "model_type", "widths", "fingerprint"}
 )
 
 
@@ -202,6 +216,20 @@ def test_a_trick_is_refused_and_takes_no_memory(trick: str, vit: Tiny, tmp_path:
         VPTModel.from_pretrained(model, folder)
     assert len(str(error.value)) < MAX_MESSAGE
     assert_unchanged(before, snapshot(model))
+
+
+def test_tensors_are_read_only_if_their_names_and_shapes_match(
+    vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vpt = vit.prompted(num_tokens=2)
+    vpt.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({**tensors, "prompts.0": torch.zeros(3, 24)}, tmp_path / WEIGHTS)
+    monkeypatch.setattr(Weights, "tensors", lambda self: pytest.fail("tensors were read"))
+    with pytest.raises(CheckpointError, match=r"of another shape: prompts\.0"):
+        VPTModel.from_pretrained(tiny_vit().model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"of another shape: prompts\.0"):
+        vpt.load_adapter(tmp_path, "default")
 
 
 def test_of_a_key_that_occurs_twice_the_last_value_counts(vit: Tiny, tmp_path: Path) -> None:
@@ -248,6 +276,7 @@ def test_a_config_of_wrong_types_is_refused_or_means_nothing_else(field: str, vi
             refused += 1
         else:
             said = vpt.active_config.to_dict() | vpt.adapters["default"].labels()
-            assert said.get(field) == wrong or field in ("inference_mode", "task_type", "modules_to_save")
+            is_default = field in ("inference_mode", "task_type", "modules_to_save", "fingerprint")
+            assert said.get(field) == wrong or is_default
             vpt.unload()
     assert refused >= len(WRONG) - 6

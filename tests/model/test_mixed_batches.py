@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import SWIN, VIT, Tiny, logits
-from helpers.tasks import MIXES, TASKS
+from helpers.tasks import MIXES
 from transformers import (
     SwinConfig,
     SwinForMaskedImageModeling,
@@ -19,17 +19,6 @@ from transformers import (
 )
 
 from vpt_peft import AdapterError, PromptConfig, VPTModel, get_vpt_model
-
-
-@pytest.fixture
-def many(tiny: Tiny) -> VPTModel:
-    """An adapter of every kind."""
-    torch.manual_seed(1)
-    (first, (config, _)), *others = TASKS.items()
-    vpt = get_vpt_model(tiny.model, PromptConfig(**config), adapter_name=first)
-    for name, (config, num_labels) in others:
-        vpt.add_adapter(name, PromptConfig(**config), num_labels=num_labels)
-    return vpt
 
 
 def one_by_one(vpt: VPTModel, pixel_values: torch.Tensor, names: list[str]) -> list[torch.Tensor]:
@@ -148,6 +137,18 @@ def test_adapters_that_own_parts_of_the_backbone_cannot_share_a_pass(
     many.set_adapter("owner")
     expected = logits(many, tiny.pixel_values)
     assert torch.equal(logits(many, tiny.pixel_values, adapter_names=["owner"] * 4), expected)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_dropout_in_a_mixed_batch_differs_between_the_images_of_an_adapter(tiny: Tiny, deep: bool) -> None:
+    vpt = tiny.prompted(deep=deep, dropout=0.5).train()
+    vpt.add_adapter("plain", PromptConfig(num_tokens=3))
+    same, names = tiny.pixel_values[:1].expand(4, -1, -1, -1), ["default", "plain", "default", "plain"]
+    dropped = logits(vpt, same, adapter_names=names)
+    assert (dropped[0] - dropped[2]).abs().max() > 1e-4
+    torch.testing.assert_close(dropped[1], dropped[3], atol=1e-6, rtol=0)
+    whole = logits(vpt.eval(), same, adapter_names=names)
+    torch.testing.assert_close(whole[0], whole[2], atol=1e-6, rtol=0)
 
 
 def test_labels_with_mixed_batches_are_refused(tiny: Tiny, many: VPTModel) -> None:

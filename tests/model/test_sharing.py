@@ -21,20 +21,8 @@ from vpt_peft import (
     PromptConfig,
     VPTModel,
     get_adapter_state_dict,
-    get_vpt_model,
     set_adapter_state_dict,
 )
-
-
-@pytest.fixture
-def many(tiny: Tiny) -> VPTModel:
-    """An adapter of every kind."""
-    torch.manual_seed(1)
-    (first, (config, _)), *others = TASKS.items()
-    vpt = get_vpt_model(tiny.model, PromptConfig(**config), adapter_name=first)
-    for name, (config, num_labels) in others:
-        vpt.add_adapter(name, PromptConfig(**config), num_labels=num_labels)
-    return vpt
 
 
 class Operations(TorchDispatchMode):

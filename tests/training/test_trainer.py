@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from vpt_peft import (
     AdapterError,
@@ -466,3 +467,55 @@ def test_the_loss_is_the_backbones_or_the_one_that_is_set(vit: Tiny) -> None:
 def test_an_adapter_without_a_head_has_parameter_groups(vit: Tiny) -> None:
     vpt = get_vpt_model(vit.model.vit, PromptConfig(num_tokens=2))
     assert [group["lr"] for group in parameter_groups(vpt)] == [3e-3]
+
+
+def test_the_loss_is_divided_by_the_number_of_items_that_is_given(tiny: Tiny) -> None:
+    vpt = tiny.prompted()
+    found = vpt(tiny.pixel_values, labels=tiny.labels, num_items_in_batch=torch.tensor(10)).loss
+    expected = torch.nn.functional.cross_entropy(logits(vpt, tiny.pixel_values), tiny.labels, reduction="sum") / 10
+    torch.testing.assert_close(found, expected)
+    mean = vpt(tiny.pixel_values, labels=tiny.labels).loss
+    torch.testing.assert_close(mean, expected * 10 / len(tiny.labels))
+
+
+def test_the_loss_that_is_set_gets_the_number_of_items(vit: Tiny) -> None:
+    vpt, given = vit.prompted(), []
+    vpt.loss_function = lambda labels, logits, config, **kwargs: given.append(kwargs) or logits.sum()
+    vpt(vit.pixel_values, labels=vit.labels)
+    vpt(vit.pixel_values, labels=vit.labels, num_items_in_batch=6)
+    assert given == [{}, {"num_items_in_batch": 6}]
+
+
+def predictions(run: Trainer) -> list[Tensor]:
+    """Trains, and returns the logits of each evaluation on the way."""
+    found = []
+    run.compute_metrics = lambda prediction: found.append(torch.tensor(prediction.predictions)) or {"ok": 1.0}
+    run.train()
+    return found
+
+
+def test_noise_on_the_embeddings_is_in_the_loss_and_in_no_evaluation(vit: Tiny, trainer: Any) -> None:
+    """At a learning rate of 0, the only difference is the noise."""
+    arguments = {"save_strategy": "no", "learning_rate": 0.0, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+    plain_run = trainer(vit.prompted(), vit, **arguments)
+    noisy_run = trainer(tiny_vit().prompted(), vit, neftune_noise_alpha=50.0, **arguments)
+    plain, noisy = predictions(plain_run), predictions(noisy_run)
+    assert len(plain) == len(noisy) == 4
+    for ours, theirs in zip(noisy, plain, strict=True):
+        assert torch.equal(ours, theirs)
+    losses = zip(logged(noisy_run, "loss"), logged(plain_run, "loss"), strict=True)
+    assert all(abs(ours - theirs) > 1e-2 for ours, theirs in losses)
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit"])  # transformers' noise takes no embeddings of Swin's kind
+def test_noise_on_the_embeddings_follows_the_mode_of_the_model(kind: str) -> None:
+    tiny = BUILDERS[kind]()
+    vpt = tiny.prompted()
+    expected = logits(vpt, tiny.pixel_values)
+    handle = activate_neftune(vpt, 50.0)
+    for _ in range(2):
+        assert not torch.equal(logits(vpt.train(), tiny.pixel_values), expected)
+        assert torch.equal(logits(vpt.eval(), tiny.pixel_values), expected)
+    deactivate_neftune(vpt, handle)
+    assert torch.equal(logits(vpt.train(), tiny.pixel_values), expected)
+    assert not any(module.training for module in vpt.base_model.modules())

@@ -41,7 +41,7 @@ def check_labels(
         names = {label: name for name, label in (ids or {}).items()}
         if sorted(names) != list(range(len(ids or {}))):
             raise ConfigError(f"label2id must map n names to 0 to n-1, got {safe_repr(label2id)}. Count from 0.")
-    if ids is None:
+    if not ids:
         ids = {name: label for label, name in names.items()}
     if number not in (None, len(names)):
         raise ConfigError(
@@ -95,7 +95,7 @@ def _current_names(model_config: Any) -> tuple[dict[int, str] | None, dict[str, 
     checkpoint, or LABEL_0 etc. In their place, the result contains None.
     """
     names = None if model_config.id2label is None else _parse_id2label(model_config.id2label)
-    ids = _parse_label2id(model_config.label2id) if model_config.label2id else None
+    ids = None if model_config.label2id is None else _parse_label2id(model_config.label2id)
     number = None if names is None else len(names)
     if names and ids and not set(ids) <= set(names.values()):
         if all(name == f"LABEL_{label}" for label, name in names.items()):
@@ -137,7 +137,7 @@ def _to_id(value: Any) -> int:
     except (TypeError, ValueError):
         label = -1
     if label < 0 or isinstance(value, bool) or (isinstance(value, str) and str(label) != value):
-        raise ConfigError(f"Labels must be integers from 0, got {safe_repr(value)}.")
+        raise ConfigError(f"Numbers of labels must be integers from 0, got {safe_repr(value)}.")
     return label
 
 

@@ -66,17 +66,25 @@ def copy_head(backbone: Backbone, path: str, num_labels: int, device: torch.devi
         if output == path:
             return _output_layer(head, output, backbone, num_labels, device)
         if output.startswith(path + "."):
-            parent, _, name = output.removeprefix(path + ".").rpartition(".")
-            holder = head.get_submodule(parent)
-            setattr(holder, name, _output_layer(getattr(holder, name), output, backbone, num_labels, device))
+            inside = output.removeprefix(path + ".")
+            parent, _, name = inside.rpartition(".")
+            modules = dict(head.named_modules())
+            layer = _output_layer(modules.get(inside), output, backbone, num_labels, device)
+            if layer is not modules.get(inside):
+                setattr(modules[parent], name, layer)
     return head
 
 
-def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, device: torch.device) -> nn.Module:
-    """A copied layer of the head, or a new one for another number of labels."""
+def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, device: torch.device) -> Any:
+    """A copied layer of the head, or a new one for another number of labels.
+
+    Args:
+        layer: the copy; None if a head of the user's own has no such layer.
+    """
     expected = len(backbone.model.config.id2label or ())
     if num_labels == expected:
-        outputs = layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", expected)
+        is_conv = isinstance(layer, nn.Conv2d)
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels if is_conv else expected
         if outputs != expected:
             raise ConfigError(
                 f"The head must have an output for each label in the model's config, got {outputs} outputs of '{path}' "
@@ -84,7 +92,9 @@ def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, de
                 f"its num_labels, or the names in its id2label and label2id."
             )
         return layer
-    if num_labels == 0 and backbone.head.task_type == "IMAGE_CLASSIFICATION":
+    if num_labels == 0:
+        if backbone.head.task_type != "IMAGE_CLASSIFICATION":
+            raise ConfigError(f"{type(backbone.model).__name__} needs at least one label, got num_labels=0.")
         return nn.Identity()  # as transformers does
     if isinstance(layer, nn.Linear | nn.Identity):
         return nn.Linear(backbone.num_features, num_labels, device=device)

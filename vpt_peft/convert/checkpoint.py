@@ -137,9 +137,6 @@ def _labels(
     count = counts.pop() if counts else default
     if id2label is None and count == default:
         return {}
-    names = {label: f"LABEL_{label}" for label in range(count)} if id2label is None else dict(id2label)
-    if count < 1 or set(names) != set(range(count)):
-        raise ConfigError(
-            f"id2label must name the labels 0 to n - 1 with n of at least 1, got {sorted(names, key=str)}."
-        )
-    return {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+    if count < 1:
+        raise ConfigError(f"The number of labels must be at least 1, got {count}.")
+    return {"num_labels": count, "id2label": id2label}

@@ -10,10 +10,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..adapter import Adapter
-from ..config import PromptConfig
+from ..config import PromptConfig, check_unicode
+from ..errors import CheckpointError, ConfigError, safe_repr
 from ..io import atomic_write, lock_folder
 from .repo_ids import is_repo_id
 
@@ -25,36 +28,63 @@ PIPELINES = {
     "FEATURE_EXTRACTION": "image-feature-extraction",
 }
 MAX_LABELS = 50
+TEXT_FIELDS = ("language", "license", "license_name", "library_name", "tags", "datasets", "metrics", "base_model")
 CARD_DETAILS = frozenset({"model_id", "training_data", "metrics", "license"})
 
 
-def write_card(
+def write_card(adapter: Adapter, folder: Path, **details: Any) -> None:
+    """Writes the card of an adapter, or updates an existing one, see :func:`update_card`.
+
+    Args:
+        folder: of the adapter; created if it does not exist.
+        details: see :func:`render_card`.
+
+    Raises:
+        CheckpointError: the folder is a file.
+    """
+    body, metadata = render_card(adapter, folder, **details)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"A model card needs a folder, got the file '{folder}'. Choose another name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    update_card(folder, body, metadata, stacklevel=4)
+
+
+def render_card(
     adapter: Adapter,
     folder: Path,
     model_id: str | None = None,
     subfolder: str | None = None,
     training_data: str | None = None,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float | str] | None = None,
     license: str | None = None,
-) -> None:
-    """Writes the card of an adapter, or updates the generated part and the metadata of an existing one.
-
-    The text of a card without a generated part is not changed. A card that cannot be read is not changed at all, with
-    a warning.
+) -> tuple[str, dict[str, Any]]:
+    """The generated part of an adapter's card, and its metadata.
 
     Args:
+        folder: of the adapter.
         model_id: repository of the adapter, with its ``subfolder``; None: its folder.
         training_data: the name of a data set on the Hub, which the metadata then name too, or any other text.
-        metrics: ``{name: value}``.
+        metrics: ``{name: value}``, numbers or text.
         license: license of the adapter.
+
+    Raises:
+        ConfigError: a value is of the wrong type.
     """
+    texts = {"model_id": model_id, "training_data": training_data, "license": license}
+    for name, text in texts.items():
+        if not isinstance(text, str | None):
+            raise ConfigError(f"{name} must be a string or None, got {safe_repr(text)}.")
     source = (str(folder), None) if model_id is None else (model_id, subfolder)
-    metadata = _metadata(adapter, training_data, license)
-    update_card(folder, _render(adapter, source, training_data, metrics), metadata, stacklevel=5)
+    body = _render(adapter, source, training_data, metrics)
+    check_unicode("The model card", f"{body}{license}")
+    return body, _metadata(adapter, training_data, license)
 
 
 def update_card(folder: Path, body: str, metadata: Mapping[str, Any], stacklevel: int = 2) -> None:
     """Writes a card, or updates the generated part and the metadata of an existing one.
+
+    The text of a card without a generated part is not changed. A card that cannot be read is not changed at all, with
+    a warning.
 
     Args:
         body: the generated part, in Markdown.
@@ -90,13 +120,23 @@ def _read(path: Path) -> str:
 
 
 def _split(content: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text of a card."""
-    if not content.startswith("---"):
+    """Metadata and text of a card. Fields in which the Hub expects strings are those that are written there: YAML reads
+    2024 and 1.10 as numbers, and no, the code of Norwegian, as False."""
+    block = REGEX_YAML_BLOCK.search(content)
+    if block is None:
         return {}, content.strip()
-    card = ModelCard(content, ignore_metadata_errors=True)
-    data = card.data.to_dict()  # type: ignore[no-untyped-call]
+    values = yaml.safe_load(block[2]) or {}
+    texts = yaml.load(block[2], Loader=yaml.BaseLoader)  # all values as strings
+    values |= {name: _as_written(values[name], texts[name]) for name in TEXT_FIELDS if values.get(name) is not None}
+    data = ModelCardData(**values, ignore_metadata_errors=True).to_dict()  # type: ignore[no-untyped-call]
     ModelCardData(**data)  # raises here what could not be written again
-    return data, card.text.strip()
+    return data, content[block.end() :].strip()
+
+
+def _as_written(value: Any, text: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_written(item, item_text) for item, item_text in zip(value, text, strict=True) if item is not None]
+    return value if isinstance(value, str | dict) else text
 
 
 def _metadata(adapter: Adapter, training_data: str | None, license: str | None) -> dict[str, Any]:
@@ -122,7 +162,7 @@ def _render(
     adapter: Adapter,
     source: tuple[str, str | None],
     training_data: str | None,
-    metrics: Mapping[str, float] | None,
+    metrics: Mapping[str, float | str] | None,
 ) -> str:
     config = adapter.config
     template = Template(files("vpt_peft.hub").joinpath("card_template.md").read_text(encoding="utf-8"))
@@ -166,16 +206,26 @@ def _backbone(config: PromptConfig) -> str:
     return f"[{name}](https://huggingface.co/{name})" if _is_on_hub(config) else _cell(name)
 
 
-def _details(adapter: Adapter, training_data: str | None, metrics: Mapping[str, float] | None) -> str:
+def _details(adapter: Adapter, training_data: str | None, metrics: Mapping[str, float | str] | None) -> str:
     lines = []
     if training_data:
         lines.append(f"| training data | {_cell(training_data)} |")
-    lines += [f"| {_cell(name)} | {value:.4g} |" for name, value in (metrics or {}).items()]
+    if not isinstance(metrics, Mapping | None):
+        raise ConfigError(f"metrics must map names to numbers or strings, got {safe_repr(metrics)}.")
+    lines += [f"| {_cell(str(name))} | {_format(value)} |" for name, value in (metrics or {}).items()]
     if adapter.config.task_type in ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION"):
         names = list(adapter.labels()["id2label"].values())
         more = f" and {len(names) - MAX_LABELS} more" if len(names) > MAX_LABELS else ""
         lines.append(f"| labels | {', '.join(map(_cell, names[:MAX_LABELS]))}{more} |")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _format(value: Any) -> str:
+    """The value of a metric: a number, such as NumPy's or a tensor of one element, or any text."""
+    try:
+        return _cell(value) if isinstance(value, str) else f"{float(value):.4g}"
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"metrics must map names to numbers or strings, got {safe_repr(value)}.") from error
 
 
 def _code(config: PromptConfig, model_id: str, subfolder: str | None) -> str:

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, safe_repr, truncate_list
 NUM_VALUES = 3  # of each tensor
 MAX_SCALE_VALUES = 256
 MAX_LISTED = 5
+MAX_NAME = 300
 # Fields that have no effect in eval mode, or whose effect shows in the shapes of tensors.
 IGNORED_FIELDS = re.compile(r"dropout|drop_path|drop_rate|initializer|init_|image_size|_attn_implementation|_version")
 # Largest error of a value, as a fraction of the tensor's scale.
@@ -61,7 +62,7 @@ class Fingerprint:
             tensors = {str(name): tuple(map(float, numbers.split())) for name, numbers in values["tensors"].items()}
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"The fingerprint of the backbone cannot be read: {safe_repr(error)}.") from error
-        if precision not in TOLERANCES or any(len(numbers) != 1 + NUM_VALUES for numbers in tensors.values()):
+        if precision not in list(TOLERANCES) or any(len(numbers) != 1 + NUM_VALUES for numbers in tensors.values()):
             raise CheckpointError(f"The fingerprint of the backbone is not valid: precision {safe_repr(precision)}.")
         return cls(config, tensors, precision)
 
@@ -96,7 +97,7 @@ class Fingerprint:
                 if not _is_close(values, other.tensors[name], tolerance):
                     found.append(f"{name}: expected {_format(values)}, got {_format(other.tensors[name])}")
             elif not any(_is_close(values, candidate, tolerance) for candidate in unmatched):
-                found.append(f"{name}: expected {_format(values)}, got no such tensor")
+                found.append(f"{name[:MAX_NAME]}: expected {_format(values)}, got no such tensor")
         return found
 
 

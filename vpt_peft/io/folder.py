@@ -181,7 +181,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Iterator[SavedAdapter]:
         if weights.config is not None and weights.replaces == digest(content):
             values = weights.config  # saving was interrupted between the two files
         saved = SavedAdapter(*_parse(values), weights)
-        if weights.config is not None:
+        if weights.config not in (None, values):
             _check_sealed(saved, SavedAdapter(*_parse(weights.config), weights))
         yield saved
 

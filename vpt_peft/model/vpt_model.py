@@ -74,9 +74,13 @@ class VPTModel(PreTrainedAdapterModel):
         self._caches: dict[str, ProjectionCache] = {}  # by adapter, while serving
         self.training = training
         self.adapters = nn.ModuleDict()
-        self._insert(adapter_name, adapter)
-        self.set_adapter(adapter_name)
-        self.train(training)
+        try:
+            self._insert(adapter_name, adapter)
+            self.set_adapter(adapter_name)
+            self.train(training)
+        except BaseException:
+            self._injector.remove()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         injector = self._injector  # copies and pickles of the backbone are bare, see ForwardOverride
@@ -92,7 +96,11 @@ class VPTModel(PreTrainedAdapterModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_new = name not in self.__dict__ and not hasattr(type(self), name) and name not in ("base_model", "adapters")
-        if is_new and (isinstance(value, nn.Module | nn.Parameter) or hasattr(self._modules.get("base_model"), name)):
+        if (
+            is_new
+            and not name.startswith("_")
+            and (isinstance(value, nn.Module | nn.Parameter) or hasattr(self._modules.get("base_model"), name))
+        ):
             raise AdapterError(
                 f"'{name}' cannot be set on a VPTModel, which would ignore it and not save it. Change the backbone "
                 "before get_vpt_model() or after unload(); an adapter's own head is in vpt.adapters[name].head."
@@ -283,7 +291,11 @@ class VPTModel(PreTrainedAdapterModel):
 
         Args:
             labels: ``num_labels``, ``id2label``, ``label2id`` or ``problem_type`` where they differ from the model's.
-                With another number of labels, the head is initialised.
+                Ids may be strings, and names numbers; one of ``id2label`` and ``label2id`` is enough. With another
+                number of labels, the head is initialised, and ``problem_type`` is not inherited.
+
+        Raises:
+            AdapterError: the name is taken, or not valid; ConfigError: the config or the labels are not valid.
         """
         self._check_loaded()
         check_adapter_name(adapter_name)
@@ -418,6 +430,9 @@ class VPTModel(PreTrainedAdapterModel):
     ) -> None:
         """Saves adapters: "default" into ``save_directory`` itself, any other into a subfolder of its name.
 
+        All that loading checks is checked before the first file is written. Then each adapter is replaced atomically,
+        but not the set of them: after a crash, each folder holds its old adapter or its new one.
+
         Args:
             selected_adapters: None: all.
             image_processor: saved beside the adapters, so that ``AutoImageProcessor`` finds it there.
@@ -429,7 +444,9 @@ class VPTModel(PreTrainedAdapterModel):
             card_details: see :meth:`create_or_update_model_card`.
 
         Raises:
-            CheckpointError: a folder contains a full model, or ``state_dict`` lacks tensors. Nothing was saved.
+            CheckpointError: an adapter could not be loaded again, as with tensors that are not finite; a folder
+                contains a full model, or is a file; or ``state_dict`` lacks tensors. Nothing was saved.
+            ConfigError: labels or details of the card are not valid. Nothing was saved.
         """
         self._check_loaded()
         unknown = sorted(card_details.keys() - hub.CARD_DETAILS)
@@ -463,8 +480,8 @@ class VPTModel(PreTrainedAdapterModel):
         """Writes the model card of an adapter, or updates the generated part and the metadata of an existing one.
 
         Args:
-            output_dir: as for :meth:`save_pretrained`.
-            details: ``model_id``, ``training_data``, ``metrics`` (``{name: value}``) and ``license``.
+            output_dir: as for :meth:`save_pretrained`; created if it does not exist.
+            details: ``model_id``, ``training_data``, ``metrics`` (``{name: number or text}``) and ``license``.
         """
         check_adapters_exist(self.adapters, [adapter_name])  # type: ignore[arg-type]
         subfolder = None if adapter_name == "default" else adapter_name
