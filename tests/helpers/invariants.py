@@ -26,7 +26,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bitfit": {"num_tokens": 0, "bias": "all"},
     "linear": {"num_tokens": 0},
 }
-each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def on_backbones(configs: dict[str, dict[str, Any]], everywhere: tuple[str, ...]) -> Any:
+    """Parametrizes a test with ``tiny`` and ``config``: all configs on ViT, and some on the other backbones."""
+    cases = [("vit", name) for name in configs] + [(kind, name) for kind in ("swin", "beit") for name in everywhere]
+    parameters = [pytest.param(kind, configs[name], id=f"{kind}-{name}") for kind, name in cases]
+    return pytest.mark.parametrize(("tiny", "config"), parameters, indirect=["tiny"])
+
+
+each_config = on_backbones(CONFIGS, ("deep", "shallow", "not_carried", "projected", "pools_all", "biases", "modules"))
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

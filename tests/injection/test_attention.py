@@ -78,6 +78,36 @@ def test_masked_patches_have_no_influence(vit: Tiny, config: dict[str, Any]) -> 
         torch.testing.assert_close(*seen, atol=1e-6, rtol=0)
 
 
+@each_config
+def test_boolean_and_additive_masks_leave_prompts_visible_alike(vit: Tiny, config: dict[str, Any]) -> None:
+    vpt = vit.prompted(**config)
+    mask = torch.tensor([[1] * 17, [1] * 9 + [0] * 8] * 2)
+    found = []
+    for implementation in ("sdpa", "eager"):  # the first gets a boolean mask, the second an additive one
+        vit.model.set_attn_implementation(implementation)
+        found.append(logits(vpt, vit.pixel_values, attention_mask=mask))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    with vpt.disable_adapter():
+        bare = logits(vpt, vit.pixel_values, attention_mask=mask)
+    assert ((found[0] - bare).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize(("implementation", "boolean"), [("sdpa", True), ("sdpa", False), ("eager", False)])
+def test_prompts_see_every_token_that_any_token_sees(vit: Tiny, implementation: str, boolean: bool) -> None:
+    """Each image token sees only itself and the prompts, so patches reach the classifier through prompts or not."""
+    visible = torch.eye(17).bool().expand(4, 1, 17, 17)
+    mask = visible if boolean else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    changed = vit.pixel_values.clone()
+    changed[:, :, 24:] = 7.0
+    vit.model.set_attn_implementation(implementation)
+    for deep in (True, False):
+        vpt = vit.prompted(deep=deep)
+        seen = [logits(vpt, images, attention_mask=mask) for images in (vit.pixel_values, changed)]
+        assert torch.equal(*seen) == deep
+        assert deep or ((seen[0] - seen[1]).abs().amax(1) > 1e-4).all()
+        vpt.unload()
+
+
 def test_no_mask_is_made_where_none_was(vit: Tiny, counting: list[Any]) -> None:
     """So that kernels without masks, such as flash attention's, keep working."""
     vpt = vit.prompted(pooling="global")

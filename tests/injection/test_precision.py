@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.invariants import on_backbones
 from helpers.models import Tiny, assert_same, gradients, logits
 from packaging.version import Version
 from torch._dynamo.utils import counters
@@ -22,7 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "projected": {"projection_dim": 6},
     "biases": {"bias": "all"},
 }
-each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+each_config = on_backbones(CONFIGS, ("deep", "shallow", "pooled"))
 
 
 def step(vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -58,7 +59,7 @@ def saved_bytes(run: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), {"dropout": 0.5}], ids=[*CONFIGS, "dropout"])
+@on_backbones({**CONFIGS, "dropout": {"dropout": 0.5}}, ("deep", "shallow", "dropout"))
 def test_gradient_checkpointing_gives_identical_gradients(tiny: Tiny, config: dict[str, Any]) -> None:
     vpt = tiny.prompted(**config).train()
     loss, expected = step(vpt, tiny)
@@ -113,7 +114,7 @@ def test_half_precision_backbones(tiny: Tiny, config: dict[str, Any], dtype: tor
     assert_near(half, expected)
 
 
-@each_config
+@on_backbones(CONFIGS, ("deep", "pooled"))
 def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change(
     tiny: Tiny, config: dict[str, Any]
 ) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from helpers.models import assert_same, tiny_vit
 from transformers import ViTImageProcessor
 
 from vpt_peft import CheckpointError, VPTModel, get_adapter_state_dict
+from vpt_peft.io import folder as folder_module
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PROCESSOR = "preprocessor_config.json"
-READERS = {f"vpt_peft.io.{name}" for name in ("folder", "weights", "state_dict")}
+READERS = {f"vpt_peft.io.{name}" for name in ("folder", "weights", "state_dict", "atomic")}
 OPERATIONS = ("mkdir", "fsync", "replace", "unlink", "rmdir")  # of os, in which a saving process is killed
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -218,16 +220,26 @@ def test_readers_get_a_whole_adapter_while_processes_save_at_once(two: Any, tmp_
     assert sorted(os.listdir(folder)) == [CARD, CONFIG, WEIGHTS]
 
 
-def test_a_reader_gets_a_whole_adapter_whatever_is_saved_between_its_steps(two: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def put(two: Any, tmp_path: Path) -> Callable[[int], None]:
+    """Replaces the files in the folder "x" by those of one of the two, as saving does."""
     for number in (0, 1, 1):  # twice: the second contains no hash of the file before the first
         two[number].save_pretrained(tmp_path / str(number))
-    folder = Path(shutil.copytree(tmp_path / "0", tmp_path / "x"))
-    steps, found = set[Any](), []
+    (tmp_path / "x").mkdir()
 
-    def put(number: int) -> None:
+    def replace(number: int) -> None:
         for name in (WEIGHTS, CONFIG):
             shutil.copy(tmp_path / str(number) / name, tmp_path / name)
-            os.replace(tmp_path / name, folder / name)
+            os.replace(tmp_path / name, tmp_path / "x" / name)
+
+    replace(0)
+    return replace
+
+
+def test_a_reader_gets_a_whole_adapter_whatever_is_saved_between_its_steps(
+    two: Any, put: Callable[[int], None], tmp_path: Path
+) -> None:
+    steps, found = set[Any](), []
 
     def trace(frame: Any, event: str, _: object) -> Any:
         step = frame.f_globals.get("__name__"), frame.f_lineno
@@ -244,10 +256,42 @@ def test_a_reader_gets_a_whole_adapter_whatever_is_saved_between_its_steps(two: 
         put(0)
         sys.settrace(trace)
         try:
-            found.append(held(folder, two))
+            found.append(held(tmp_path / "x", two))
         finally:
             sys.settrace(before)
     assert found[0] == 1 and found[-1] == 0 and len(found) > 50
+
+
+def test_a_file_that_is_replaced_while_safetensors_opens_it_is_opened_again(
+    two: Any, put: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_file, numbers = torch.UntypedStorage.from_file, [1]
+
+    def replace_before(*args: Any, **kwargs: Any) -> Any:  # called by safetensors when it has read the header
+        if numbers:
+            put(numbers.pop())
+        return from_file(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(replace_before))
+    assert held(tmp_path / "x", two) == 1
+
+
+def test_files_that_are_replaced_twice_while_they_are_read_are_read_again(
+    two: Any, put: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_weights, numbers = folder_module.open_weights, [0, 1]
+
+    @contextmanager
+    def replace_around(path: Path) -> Any:
+        if numbers:
+            put(numbers.pop())
+        with open_weights(path) as weights:
+            if numbers:  # now the config is again as it was, but not the weights that were opened
+                put(numbers.pop())
+            yield weights
+
+    monkeypatch.setattr(folder_module, "open_weights", replace_around)
+    assert held(tmp_path / "x", two) == 0
 
 
 def test_a_file_is_replaced_not_rewritten_and_a_link_not_followed(two: Any, tmp_path: Path) -> None:

@@ -58,6 +58,20 @@ def test_a_mixed_batch_on_flex_attention(vit: Tiny) -> None:
     torch.testing.assert_close(logits(vpt, vit.pixel_values, adapter_names=names), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("names", MIXES, ids="-".join)
+@pytest.mark.parametrize("tiny", ["vit"], indirect=True)
+def test_a_mixed_batch_with_masked_patches_agrees_with_one_pass_per_task(
+    tiny: Tiny, many: VPTModel, names: list[str], attention: str
+) -> None:
+    tiny.model.set_attn_implementation(attention)
+    mask = (torch.arange(17) < torch.tensor([[17], [9], [13], [5]])).long()  # for each image another
+    ours = logits(many, tiny.pixel_values, adapter_names=names, attention_mask=mask)
+    for row, (image, own_mask, name) in enumerate(zip(tiny.pixel_values, mask, names, strict=True)):
+        alone = logits(many, image[None], adapter_names=[name], attention_mask=own_mask[None])[0]
+        torch.testing.assert_close(ours[row, : len(alone)], alone, atol=1e-5, rtol=0)
+
+
 def test_a_mixed_batch_after_deleting_an_adapter(tiny: Tiny, many: VPTModel) -> None:
     many.delete_adapter("long")
     names = ["shallow", "tokens", "shallow", "gaps"]

@@ -89,7 +89,7 @@ def test_a_checkpoint_holds_only_the_adapter_and_opens_as_one(tiny: Tiny, new: A
     checkpoint = Path(run.args.output_dir, "checkpoint-8")
     size = sum(tensor.nbytes for tensor in state(vpt).values())
     for name in ("adapter_model.safetensors", "model.safetensors"):
-        assert (checkpoint / name).stat().st_size < size + 4096
+        assert (checkpoint / name).stat().st_size < size + 2**14
     assert all(name.startswith("adapters.default.") for name in load_file(checkpoint / "model.safetensors"))
     assert len(logged(run, "eval_loss")) == len(logged(run, "eval_right")) == 2
     loaded = VPTModel.from_pretrained(new().model, checkpoint)

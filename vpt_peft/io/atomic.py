@@ -6,14 +6,18 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
+from ..errors import CheckpointError
+
 TEMPORARY = ".saving-"
+ATTEMPTS = 20
+T = TypeVar("T")
 
 
 @contextmanager
@@ -43,6 +47,26 @@ def atomic_write(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(file, path)
+
+
+def read_unreplaced(path: Path, read: Callable[[BinaryIO], T]) -> T:
+    """Calls a function with an open file, again if the file was replaced meanwhile.
+
+    Raises:
+        CheckpointError: it is replaced at each attempt.
+    """
+    for _ in range(ATTEMPTS):
+        with path.open("rb") as file:  # while it is open, no other file gets its inode
+            error = None
+            try:
+                result = read(file)
+            except Exception as caught:
+                error = caught
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                if error is not None:
+                    raise error
+                return result
+    raise CheckpointError(f"'{path}' is being replaced over and over. Try again.")
 
 
 def pack_files(processor: Any) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..backbones import Backbone
 from ..config import PromptConfig
 from ..errors import CheckpointError, ConfigError, safe_repr, truncate_list
 from ..version import __version__
-from .atomic import atomic_write, lock_folder
+from .atomic import atomic_write, lock_folder, read_unreplaced
 from .fingerprint import Fingerprint, check_fingerprint
 from .state_dict import check_shapes, load_state_dict
 from .weights import Weights, digest, open_weights, pack_weights
@@ -31,7 +31,6 @@ from .weights import Weights, digest, open_weights, pack_weights
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 8 * 2**20
-ATTEMPTS = 20
 MAX_LISTED = 20
 # Fields that define the function of an adapter; they may be edited only together with the weights.
 SEALED = (
@@ -166,17 +165,13 @@ def open_folder(folder: str | os.PathLike[str]) -> Iterator[SavedAdapter]:
     """
     path = _find(Path(folder))
     with ExitStack() as stack:
-        for _ in range(ATTEMPTS):
-            try:
-                content = _read_config(path)
-                weights = stack.enter_context(open_weights(path / WEIGHTS_NAME))
-                if _read_config(path) == content:
-                    break
-                stack.close()  # another process has saved in between
-            except OSError as error:
-                raise CheckpointError(f"Cannot read the folder '{path}': {error}.") from error
-        else:
-            raise CheckpointError(f"'{path}' is being saved over and over. Try again.")
+        try:  # if the config is replaced meanwhile, another process has saved both files
+            content, weights = read_unreplaced(
+                path / CONFIG_NAME,
+                lambda file: (_read_config(file), stack.enter_context(open_weights(path / WEIGHTS_NAME))),
+            )
+        except OSError as error:
+            raise CheckpointError(f"Cannot read the folder '{path}': {error}.") from error
         values = _parse_json(content, path)
         if weights.config is not None and weights.replaces == digest(content):
             values = weights.config  # saving was interrupted between the two files
@@ -215,12 +210,10 @@ def _check_inside(folder: Path, file: Path) -> None:
         raise CheckpointError(f"'{file}' must be a file in its folder, got a link out of it. Copy the file there.")
 
 
-def _read_config(folder: Path) -> bytes:
-    path = folder / CONFIG_NAME
-    with path.open("rb") as file:
-        content = file.read(MAX_CONFIG_BYTES + 1)
+def _read_config(file: BinaryIO) -> bytes:
+    content = file.read(MAX_CONFIG_BYTES + 1)
     if len(content) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"'{path}' must be at most {MAX_CONFIG_BYTES:,} bytes, got more.")
+        raise CheckpointError(f"'{file.name}' must be at most {MAX_CONFIG_BYTES:,} bytes, got more.")
     return content
 
 

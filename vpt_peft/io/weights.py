@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .atomic import read_unreplaced
 
 KEY = "vpt_peft"
 MAX_HEADER_BYTES = 32 * 2**20
@@ -86,11 +87,7 @@ def open_weights(path: Path) -> Iterator[Weights]:
         CheckpointError: it is not a safetensors file, or its seal cannot be read.
     """
     try:
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-        if size > MAX_HEADER_BYTES:
-            raise ValueError(f"its header must be at most {MAX_HEADER_BYTES:,} bytes, got {size:,}")
-        opened: Any = safe_open(path, "pt")
+        opened = read_unreplaced(path, lambda file: _open(file, path))
     except (OSError, ValueError, MemoryError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"'{path}' must be a safetensors file, but is damaged or something else: {_reason(error)}. "
@@ -104,6 +101,13 @@ def open_weights(path: Path) -> Iterator[Weights]:
 def digest(content: bytes) -> str:
     """The SHA-256 hash in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
+
+
+def _open(file: BinaryIO, path: Path) -> Any:
+    size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its header must be at most {MAX_HEADER_BYTES:,} bytes, got {size:,}")
+    return safe_open(path, "pt")  # opens the path twice, once for the header and once for the data
 
 
 def _read_seal(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any] | None, str, str]:
