@@ -26,7 +26,7 @@ from images import DataError, ImageSet, Preprocessing, augment, load_images
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from trainer_tools import check_same_settings, option_values
-from training import METHODS, Settings, check_minimum, learning_rate_factor, load_backbone, silence_transformers
+from training import METHODS, Method, Settings, check_minimum, learning_rate_factor, load_backbone, silence_transformers
 
 from vpt_peft import VPTError, get_vpt_model, parameter_groups
 
@@ -72,6 +72,11 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> tuple[str, Im
     return str(folder), *digits.new_task(args.seed)
 
 
+def chosen_method(args: argparse.Namespace) -> Method:
+    """VPT-Deep, with learning rates for a pretrained model or for the small one."""
+    return METHOD if args.model else digits.SMALL_METHODS["vpt-deep"]
+
+
 def make_loader(images: ImageSet, batch_size: int, shuffle: bool) -> Any:
     """Batches of uint8 images and labels. The loop draws augmentations, so that states contain their generator."""
     return DataLoader(TensorDataset(images.images, images.labels), batch_size, shuffle=shuffle)
@@ -79,7 +84,7 @@ def make_loader(images: ImageSet, batch_size: int, shuffle: bool) -> Any:
 
 def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageSet, args: argparse.Namespace) -> Any:
     """Trains and evaluates. Returns the model and its test accuracy in percent."""
-    method = METHOD if args.model else digits.SMALL_METHODS["vpt-deep"]
+    method = chosen_method(args)
     groups = parameter_groups(vpt, method.learning_rate, method.head_learning_rate, Settings.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     batches = make_loader(images, args.batch_size, shuffle=True)
@@ -155,7 +160,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (DataError, VPTError, OSError) as error:
         sys.exit(str(error))
     metrics = {f"accuracy, % of {len(test_set)} test images": accuracy}
-    vpt.save_pretrained(args.output, is_main_process=accelerator.is_main_process, metrics=metrics)
+    vpt.save_pretrained(
+        args.output,
+        image_processor=train_set.preprocessing.image_processor(),
+        is_main_process=accelerator.is_main_process,
+        metrics=metrics,
+        hyperparameters={
+            "epochs": args.epochs,
+            "batch size": args.batch_size * args.accumulate * accelerator.num_processes,
+            **chosen_method(args).rates,
+            "weight decay": Settings.weight_decay,
+            "precision": args.precision,
+            "seed": args.seed,
+        },
+    )
     accelerator.print(
         f"Test accuracy {accuracy:.1f} % on {len(test_set)} images, with {accelerator.num_processes} processes. "
         f"Saved in {args.output}."

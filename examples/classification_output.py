@@ -17,7 +17,7 @@ from trainer_task import Task
 from training import Method
 
 from vpt_peft import VPTModel
-from vpt_peft.hub import update_card
+from vpt_peft.hub import CardContent, update_card
 
 FULL_MODEL_CARD = """# {title}
 
@@ -73,7 +73,7 @@ class Report:
         splits: training, test and possibly validation images.
 
     Raises:
-        DataError: the repository to push to cannot be created.
+        DataError, CheckpointError: the repository to push to cannot be created, or contains a model of another kind.
     """
 
     def __init__(self, args: argparse.Namespace, method: Method, task: Task, splits: DatasetDict) -> None:
@@ -83,7 +83,7 @@ class Report:
         self.repository: Repository | None = None
         if PartialState().is_main_process:
             if args.push_to_hub:
-                self.repository = Repository(args.push_to_hub, args.private)
+                self.repository = Repository(args.push_to_hub, args.private, method.config is not None)
             counts = ", ".join(f"{len(rows)} {name}" for name, rows in splits.items())
             print(f"{method.title} on {task.model}. Images: {counts}.")
 
@@ -155,6 +155,14 @@ class Report:
         text = json.dumps({**report, "confusion": confusion, "histories": self.histories}, indent=1)
         (self.args.output / "results.json").write_text(text, encoding="utf-8")
 
+    def _hyperparameters(self, seed: int) -> dict[str, Any]:
+        names = ("epochs", "batch_size", "accumulate", "weight_decay", "min_crop", "flip", "precision")
+        return {
+            **self.method.rates,
+            **{name.replace("_", " "): getattr(self.args, name) for name in names},
+            "seed": seed,
+        }
+
     def _save(self, run: Run) -> None:
         """Called in every process, since sharded tensors are gathered by all of them."""
         folder = self.args.output
@@ -165,6 +173,7 @@ class Report:
                 is_main_process=run.main,
                 model_id=self.repository and self.repository.name,
                 metrics=self.metrics(),
+                hyperparameters=self._hyperparameters(run.seed),
                 training_data=self.task.training_data,
             )
             return
@@ -180,4 +189,4 @@ class Report:
         metadata = {"library_name": "transformers", "pipeline_tag": "image-classification"}
         if self.task.base_model:
             metadata["base_model"] = self.task.base_model
-        update_card(folder, text, metadata)
+        update_card(folder, CardContent(folder.name, text, metadata))

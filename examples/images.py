@@ -16,8 +16,11 @@ from huggingface_hub import _CACHED_NO_EXIST, file_exists, try_to_load_from_cach
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, CLIPImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
+
+from vpt_peft import CheckpointError
+from vpt_peft.hub import check_model_name
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -35,6 +38,10 @@ def get_image_size(model_name: str) -> tuple[int, int]:
     Raises:
         DataError: the checkpoint does not exist, or is not a vision model.
     """
+    try:
+        check_model_name(model_name)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
     try:
         size = AutoConfig.from_pretrained(model_name).image_size
     except (OSError, ValueError, AttributeError) as error:
@@ -156,6 +163,17 @@ class Preprocessing:
         """uint8 ``(3, size, size)``: the largest centred square of the image, resized."""
         square = ImageOps.fit(to_upright_rgb(image), (self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+    def image_processor(self) -> Any:
+        """An image processor with this preprocessing, to be saved with a model. It resizes before it crops, so that its
+        output may differ by rounding."""
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": self.size},
+            crop_size={"height": self.size, "width": self.size},
+            resample=Image.Resampling.BICUBIC,
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        )
 
 
 @dataclass(frozen=True)

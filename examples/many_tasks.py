@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"Logits of the mixed batch differ by {difference} from those of one pass per task.")
     print(f"   Maximum difference to the logits of one pass per task ({len(set(names))} passes): {difference:.0e}.\n")
 
-    vpt.save_pretrained(adapters)
+    vpt.save_pretrained(adapters, image_processor=train_set.preprocessing.image_processor())
     loaded = predict_mixed(load_adapters(backbone, adapters), pixel_values, names)
     if not all(torch.equal(one, other) for one, other in zip(mixed, loaded, strict=True)):
         sys.exit("Logits of the reloaded adapters differ from those before saving.")

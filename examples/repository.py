@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import create_repo, hf_hub_download, upload_folder
+from huggingface_hub import create_repo, file_exists, hf_hub_download, upload_folder
 from huggingface_hub.errors import EntryNotFoundError
 from images import DataError
+
+from vpt_peft.model import check_repository
 
 CARD = "README.md"
 
@@ -19,15 +21,22 @@ class Repository:
     Args:
         name: with or without the owner.
         private: create it as a private repository.
+        for_adapter: it is for an adapter, not for a full model. Together, they could not be loaded.
 
     Raises:
-        DataError: the repository cannot be created.
+        DataError: the repository cannot be created, or is not for models of this kind.
+        CheckpointError: it is to be for an adapter, but contains a full model.
     """
 
-    def __init__(self, name: str, private: bool) -> None:
+    def __init__(self, name: str, private: bool, for_adapter: bool) -> None:
         self.name = name
         with self._convert_errors("created"):
             self.name = create_repo(name, private=private or None, exist_ok=True).repo_id
+            has_adapter = file_exists(self.name, "adapter_config.json")
+        if for_adapter:
+            check_repository(["default"], self.name)
+        elif has_adapter:
+            raise DataError(f"'{self.name}' on the Hub contains an adapter. Push a full model to another repository.")
 
     def fetch_card(self, folder: Path) -> None:
         """Downloads an existing model card into a folder, so that updating it preserves what others wrote."""

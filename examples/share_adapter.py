@@ -8,24 +8,30 @@ Requires an account and a token (``hf auth login``). ``HF_ENDPOINT`` selects a H
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
+from images import DataError, Preprocessing
 from transformers import AutoModelForImageClassification
 
-from vpt_peft import AutoVPTModel, PromptConfig, get_vpt_model
+from vpt_peft import AutoVPTModel, PromptConfig, VPTError, get_vpt_model
+from vpt_peft.hub import check_model_name
 
 LABELS = ["cat", "dog", "owl"]
 
 
 def share(repo_id: str, backbone: str, private: bool) -> None:
     """Pushes an adapter, loads it again, and compares the logits of both."""
+    check_model_name(backbone)
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
     model = AutoModelForImageClassification.from_pretrained(backbone, ignore_mismatched_sizes=True, **labels)
     vpt = get_vpt_model(model, PromptConfig(num_tokens=10))
     vpt.print_trainable_parameters()
     # ... train it here ...
 
-    commit = vpt.push_to_hub(repo_id, private=private, commit_message="Upload an untrained adapter", license="mit")
+    processor = Preprocessing.from_checkpoint(backbone).image_processor()
+    details = {"commit_message": "Upload an untrained adapter", "license": "mit"}
+    commit = vpt.push_to_hub(repo_id, image_processor=processor, private=private, **details)
     print(f"Pushed to {commit.commit_url}")
 
     loaded = AutoVPTModel.from_pretrained(repo_id)  # loads the backbone too
@@ -43,7 +49,10 @@ def main() -> None:
     parser.add_argument("--backbone", default="google/vit-base-patch16-224-in21k", help="a ViT or Swin checkpoint")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     arguments = parser.parse_args()
-    share(arguments.repo_id, arguments.backbone, arguments.private)
+    try:
+        share(arguments.repo_id, arguments.backbone, arguments.private)
+    except (DataError, VPTError, OSError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -209,6 +209,12 @@ class Search:
             self.args.output,
             image_processor=self.task.processor,
             metrics=metrics,
+            hyperparameters={
+                **{name.replace("_", " "): values[name] for name in RATES},
+                "epochs": self.args.epochs,
+                "batch size": self.args.batch_size,
+                "seed": self.args.seed,
+            },
             training_data=self.task.training_data,
         )
         return test_accuracy

@@ -32,9 +32,11 @@ from transformers import (
     SwinConfig,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    ViTImageProcessorPil,
 )
 
 from vpt_peft import PromptConfig, VPTError, VPTModel, get_vpt_model, parameter_groups
+from vpt_peft.hub import check_model_name
 
 OLD, NEW = range(5), range(5, 10)  # digits of pretraining and of fine-tuning
 METHODS = {
@@ -75,6 +77,13 @@ class Loop:
 
     def pixel_values(self, images: Tensor) -> Tensor:
         return normalize(images, self.mean, self.std).to(DEVICE)
+
+    def image_processor(self, data: SegmentationSet) -> Any:
+        """An image processor with the preprocessing of these images, to be saved with a model."""
+        height, width = data.images.shape[-2:]
+        return ViTImageProcessorPil(
+            size={"height": height, "width": width}, image_mean=list(self.mean), image_std=list(self.std)
+        )
 
     def batches(self, order: Tensor) -> list[Tensor]:
         """Splits indices into batches. A last batch of a single image, too few for batch norm, is dropped."""
@@ -166,6 +175,7 @@ def prepare(args: argparse.Namespace, label_names: Sequence[str]) -> tuple[Path,
         model.backbone = pretrained.backbone
     else:
         print(f"1. Loading {args.model}.")
+        check_model_name(args.model)
         is_swin = AutoConfig.from_pretrained(args.model).model_type == "swin"
         loop = Loop(args.batch_size, args.seed, args.flip, *mean_and_std(args.model))
         model = upernet(args.model, label_names, width=256) if is_swin else _segmenter(args.model, label_names)
@@ -186,7 +196,17 @@ def tune(backbone: Path, method: str, data: tuple[SegmentationSet, SegmentationS
     seconds = loop.train(tuned, data[0], args.epochs, rates, title)
     parameters = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     folder = args.output / method
-    tuned.save_pretrained(folder)
+    processor = loop.image_processor(data[0])
+    if config is None:
+        tuned.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    else:
+        hyperparameters = {
+            "learning rate": rates[0],
+            "head learning rate": rates[1],
+            **{name.replace("_", " "): getattr(args, name) for name in ("epochs", "batch_size", "flip", "seed")},
+        }
+        tuned.save_pretrained(folder, image_processor=processor, hyperparameters=hyperparameters)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     reloaded = load(folder) if config is None else VPTModel.from_pretrained(load(backbone), folder)
     predictions = loop.predict(tuned, reloaded, data[1])

@@ -46,6 +46,12 @@ class Method:
             rates = rates[0], head_learning_rate
         return dataclasses.replace(self, learning_rate=rates[0], head_learning_rate=rates[1])
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates by name, for a model card."""
+        head = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
+        return {"learning rate": self.learning_rate, "head learning rate": head}
+
     def attach(self, model: Any) -> Any:
         """The model to train: the backbone with an adapter or, for full fine-tuning, the backbone itself."""
         return model if self.config is None else get_vpt_model(model, self.config)
@@ -228,12 +234,25 @@ def tune(
     seconds = train(tuned, train_set, settings, method.learning_rate, seed, method.title, method.head_learning_rate)
     logits = predict(tuned, test_set, precision=settings.precision)
     parameters = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
-    tuned.save_pretrained(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if tuned is not model:
+    test_accuracy, processor = accuracy(logits, test_set), train_set.preprocessing.image_processor()
+    if tuned is model:
+        tuned.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    else:
+        tuned.save_pretrained(
+            folder,
+            image_processor=processor,
+            metrics={f"accuracy, % of {len(test_set)} test images": test_accuracy},
+            hyperparameters={
+                **method.rates,
+                **{name.replace("_", " "): value for name, value in dataclasses.asdict(settings).items()},
+                "seed": seed,
+            },
+        )
         tuned.unload()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     share = 100 * parameters / backbone_size
-    return Result(method, accuracy(logits, test_set), parameters, share, size, seconds, logits)
+    return Result(method, test_accuracy, parameters, share, size, seconds, logits)
 
 
 def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, **minimums: int) -> None:

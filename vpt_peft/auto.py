@@ -9,14 +9,7 @@ from . import hub
 from .config import PromptConfig
 from .errors import CheckpointError, safe_repr
 from .io import open_folder
-from .model import VPTModel
-
-BACKBONE_CLASSES = {
-    "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
-    "SEMANTIC_SEGMENTATION": "AutoModelForSemanticSegmentation",
-    "MASKED_IMAGE_MODELING": "AutoModelForMaskedImageModeling",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+from .model import VPTModel, pop_peft_options
 
 
 class AutoVPTModel:
@@ -56,6 +49,7 @@ class AutoVPTModel:
             CheckpointError: the config names no backbone, it cannot be loaded, or the adapter is damaged or for another
                 task.
         """
+        pop_peft_options(f"{cls.__name__}.from_pretrained", model_kwargs)
         source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         with hub.pulled(model_id, revision=revision, subfolder=subfolder, **source) as folder:
             with open_folder(folder) as saved:
@@ -88,7 +82,7 @@ def _load_backbone(name: str, config: PromptConfig, model_id: object, options: d
         )
     import transformers  # here, since it is needed only to load a backbone
 
-    backbone_class = getattr(transformers, BACKBONE_CLASSES[str(config.task_type)])
+    backbone_class = getattr(transformers, hub.BACKBONE_CLASSES[str(config.task_type)])
     options = {"trust_remote_code": False, "use_safetensors": True, "revision": config.revision or "main", **options}
     try:
         model = backbone_class.from_pretrained(name, **options)

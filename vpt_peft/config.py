@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import ConfigError, safe_repr
 
@@ -45,6 +45,7 @@ class PromptConfig:
         modules_to_save: names of further modules to copy, train and save; the head always is.
         route: how prompts are computed. ``"auto"``: as keys and values only, wherever that is exact.
         base_model_name_or_path, revision, task_type, inference_mode, peft_type: as in PEFT's adapter_config.json.
+        num_virtual_tokens: PEFT's name of ``num_tokens``; the config does not keep it.
 
     Raises:
         ConfigError: a value is out of range, of the wrong type, or contradicts another one.
@@ -68,8 +69,16 @@ class PromptConfig:
     task_type: str | None = None
     inference_mode: bool = False
     peft_type: str = "VPT"
+    num_virtual_tokens: InitVar[int | None] = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, num_virtual_tokens: int | None) -> None:
+        if num_virtual_tokens is not None:
+            if self.num_tokens not in (num_virtual_tokens, type(self).num_tokens):
+                raise ConfigError(
+                    f"num_tokens and PEFT's name for it, num_virtual_tokens, must agree, got {self.num_tokens} and "
+                    f"{safe_repr(num_virtual_tokens)}. Give one of them."
+                )
+            self._freeze("num_tokens", num_virtual_tokens)
         _check_integer("num_tokens", self.num_tokens, minimum=0)
         for name in ("deep", "carry", "shared", "inference_mode"):
             _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
@@ -121,6 +130,27 @@ class PromptConfig:
                 "The adapter may come from a newer vpt-peft: update, or remove the field."
             )
         return cls(**values)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"A PromptConfig has no attribute {name!r}. {_NOT_OF_PEFT}")
+
+
+class FrozenConfigError(ConfigError, dataclasses.FrozenInstanceError):
+    """An attribute of a config was assigned or deleted."""
+
+
+def _refuse_change(config: PromptConfig, name: str, *value: Any) -> NoReturn:
+    raise FrozenConfigError(
+        f"A PromptConfig cannot be changed, got a change of {name}. Use config.replace({name}=...). {_NOT_OF_PEFT}"
+    )
+
+
+_NOT_OF_PEFT = (
+    "It is used with vpt_peft.get_vpt_model(model, config), and not with functions of PEFT, such as get_peft_model."
+)
+PromptConfig.__setattr__ = PromptConfig.__delattr__ = _refuse_change  # type: ignore[method-assign,assignment]
 
 
 def check_unicode(name: str, value: str) -> None:

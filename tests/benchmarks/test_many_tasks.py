@@ -58,6 +58,13 @@ def test_the_example_runs_and_shows_what_each_task_reached(example: Any) -> None
     assert "it/s" not in done.stdout
 
 
+def test_the_example_saves_an_image_processor_with_each_adapter(example: Any) -> None:
+    _, folder = example
+    for task in TASKS:
+        processor = json.loads((folder / "runs/many-tasks/adapters" / task / "preprocessor_config.json").read_text())
+        assert processor["crop_size"] == {"height": 32, "width": 32}
+
+
 def test_the_example_names_task_answer_and_truth_of_each_image(example: Any) -> None:
     done, _ = example
     allowed = {

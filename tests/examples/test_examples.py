@@ -19,6 +19,7 @@ import torch
 import training
 from PIL import ExifTags, Image
 
+PROCESSOR = "preprocessor_config.json"
 ONE_EPOCH = ["--epochs", "1"]
 
 
@@ -54,6 +55,15 @@ def test_quickstart_fine_tunes_a_swin(tmp_path: Path, capsys: pytest.CaptureFixt
     quickstart.main(["--backbone", "swin", *ONE_EPOCH, "--pretraining-epochs", "1", *output])
     assert "bit-identical" in capsys.readouterr().out
     assert json.loads((tmp_path / "swin/vpt-deep/adapter_config.json").read_text())["model_type"] == "swin"
+    for method in ("linear", "vpt-shallow", "vpt-deep"):
+        assert json.loads((tmp_path / "swin" / method / PROCESSOR).read_text())["crop_size"] == {
+            "height": 32,
+            "width": 32,
+        }
+    card = (tmp_path / "swin/vpt-deep/README.md").read_text()
+    assert (
+        "| accuracy, % of 70 test images |" in card and "| learning rate | 0.003 |" in card and "| epochs | 1 |" in card
+    )
 
 
 @pytest.mark.parametrize("splits", [("",), ("train", "test")])
@@ -69,6 +79,7 @@ def test_quickstart_fine_tunes_a_checkpoint_on_a_folder_of_images(
     assert "bit-identical" in capsys.readouterr().out
     saved = json.loads((tmp_path / "out/vpt-deep/adapter_config.json").read_text())
     assert saved["id2label"] == {"0": "green", "1": "red"}
+    assert json.loads((tmp_path / "out/vpt-deep" / PROCESSOR).read_text())["image_mean"] == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,11 @@ def test_quickstart_fine_tunes_a_checkpoint_on_a_folder_of_images(
         ("tiny", "nowhere", "pip install datasets"),
         ("tiny", "empty", "a folder of images per class"),
         ("nowhere/at-all", "colors", "name or folder of a vision checkpoint, got 'nowhere/at-all'"),
+        (
+            "./typo",
+            "colors",
+            "got './typo', which is neither an existing folder nor a valid repository name. Check the path",
+        ),
     ],
 )
 def test_quickstart_exits_with_a_message_for_an_invalid_model_or_dataset(
@@ -115,6 +131,15 @@ def test_images_are_normalised_with_the_checkpoints_mean_and_std(checkpoint: Pat
     dataset = images.ImageSet(white[None], torch.tensor([0]), ("white",), preprocessing)
     expected = torch.tensor([0.9 / 0.4, 0.8 / 0.5, 0.7 / 0.6])
     torch.testing.assert_close(dataset.pixel_values(dataset.images)[0, :, 0, 0], expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (50, 40), (301, 223), (8, 20)])
+def test_the_saved_image_processor_preprocesses_as_in_training(size: tuple[int, int]) -> None:
+    preprocessing = images.Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB")
+    expected = images.normalize(preprocessing.load(image)[None], preprocessing.mean, preprocessing.std)
+    found = preprocessing.image_processor()(image, return_tensors="pt").pixel_values
+    assert found.shape == expected.shape and (found - expected).abs().mean() < 0.05
 
 
 def test_preprocessing_without_an_image_processor_has_mean_and_std_of_one_half(tmp_path: Path) -> None:

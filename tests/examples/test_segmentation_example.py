@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,10 @@ def test_example_runs_on_digit_scenes(tmp_path: Path, capsys: pytest.CaptureFixt
     results = example.main([*ONE_EPOCH, *small, "--output", str(tmp_path), "--method", *methods])
     printed = capsys.readouterr().out
     assert list(results) == methods and "bit-identical logits" in printed and "| VPT-Deep " in printed
+    for method in methods:
+        processor = json.loads((tmp_path / method / "preprocessor_config.json").read_text())
+        assert processor["size"] == {"height": 64, "width": 64} and processor["image_mean"] == [0.5, 0.5, 0.5]
+    assert "| head learning rate | 0.003 |" in (tmp_path / "vpt-deep/README.md").read_text()
     assert results["linear"].parameters < results["vpt-shallow"].parameters < results["vpt-deep"].parameters
     assert results["vpt-deep"].parameters < results["full"].parameters
     with Image.open(tmp_path / "predictions.png") as image:

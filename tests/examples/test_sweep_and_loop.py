@@ -398,6 +398,8 @@ def test_resumed_loop_gives_the_same_adapter_as_an_uninterrupted_one(
     assert [path.name for path in (tmp_path / "resumed").glob("state-*")] == ["state-4"], "it continues after epoch 2"
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert whole.keys() == resumed.keys()
+    assert json.loads((tmp_path / "whole/preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]
+    assert "| batch size | 8 |" in (tmp_path / "whole/README.md").read_text()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
 

@@ -286,7 +286,8 @@ def test_pushed_adapter_is_loaded_with_its_processor_and_card(hub: HubServer, ru
     card = hub.repo("me/colors").files()["README.md"].decode()
     assert "| accuracy, % of 15 test images |" in card and "pipeline_tag: image-classification" in card
     assert "| training data | colors (a folder) |" in card and "datasets:" not in card
-    assert 'AutoVPTModel.from_pretrained("me/colors")' in card
+    assert 'VPTModel.from_pretrained(model, "me/colors")' in card, "the backbone is a folder here"
+    assert "| learning rate | 0.003 |" in card and "| epochs |" in card and str(checkpoint) not in card
 
     hub.repo("me/colors").put({"README.md": f"{card}\nEdited by hand.\n".encode()})
     with hub.client(token="hf_me"):
@@ -297,7 +298,23 @@ def test_pushed_adapter_is_loaded_with_its_processor_and_card(hub: HubServer, ru
 def test_repository_without_owner_is_created_for_the_user(hub: HubServer, run: Run) -> None:
     with hub.client(token="hf_me"):
         run("--method", "linear", "--push-to-hub", "colors")
-    assert 'AutoVPTModel.from_pretrained("me/colors")' in hub.repo("me/colors").files()["README.md"].decode()
+    assert 'from_pretrained(model, "me/colors")' in hub.repo("me/colors").files()["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("method", "file", "message"),
+    [
+        ("linear", "model.safetensors", "'me/colors' contains a model"),
+        ("full", "adapter_config.json", "'me/colors' on the Hub contains an adapter"),
+    ],
+)
+def test_repository_with_a_model_of_another_kind_is_an_error_before_training(
+    method: str, file: str, message: str, hub: HubServer, run: Run, tmp_path: Path
+) -> None:
+    hub.add_repo("me/colors", {file: b"{}"})
+    with hub.client(token="hf_me"), pytest.raises(SystemExit, match=message):
+        run("--method", method, "--push-to-hub", "me/colors")
+    assert not list(tmp_path.glob("out/seed-*"))
 
 
 @pytest.mark.parametrize("name", ["someone/colors", "no/such/name"])

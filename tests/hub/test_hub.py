@@ -239,13 +239,15 @@ def test_an_adapter_on_the_hub_finds_its_backbone_there(online: HubServer, vit: 
     loaded = AutoVPTModel.from_pretrained(NAME)
     assert torch.equal(logits(loaded, vit.pixel_values), logits(vpt, vit.pixel_values))
     changed = type(vit.model).from_pretrained("google/vit")
-    with pytest.warns(UserWarning, match="was trained on revision"):
+    with pytest.raises(CheckpointError, match="backbone is not the one that the adapter was trained on"):
         VPTModel.from_pretrained(changed, NAME)
+    with pytest.warns(UserWarning, match="was trained on revision"):
+        VPTModel.from_pretrained(changed, NAME, check_backbone=False)
 
 
 def test_pushing_an_adapter_of_a_local_backbone_warns(online: HubServer, vit: Tiny, tmp_path: Path) -> None:
     vit.model.config.name_or_path = str(tmp_path)
-    with pytest.warns(UserWarning, match="is a local folder .*: others cannot load it"):
+    with pytest.warns(UserWarning, match="is a local folder .* others cannot load it"):
         vit.prompted().push_to_hub(NAME)
 
 
@@ -259,3 +261,10 @@ def test_the_sharing_example_runs(hub: HubServer, vit: Tiny, tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Identical logits: True" in done.stdout and "'owl'" in done.stdout
+    assert "preprocessor_config.json" in hub.repo("me/shared").files()
+    command = [sys.executable, ROOT / "examples/share_adapter.py", "me/shared", "--backbone", "./typo"]
+    done = subprocess.run(
+        command, env=hub.environment("hf_me") | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "got './typo', which is neither an existing folder nor" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cards import run_code
 from helpers.hub_server import HubServer
 from helpers.models import Tiny, logits, tiny_vit
 from huggingface_hub.errors import HfHubHTTPError
@@ -18,6 +20,7 @@ from vpt_peft import AutoVPTModel, CheckpointError, PromptConfig, VPTModel, get_
 
 NAME, BACKBONE = "me/birds-vpt", "google/vit"
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PROCESSOR = "preprocessor_config.json"
 
 
 @pytest.fixture
@@ -112,15 +115,20 @@ def test_the_users_words_are_kept_on_a_new_branch_too(online: HubServer, vpt: VP
     assert "license: mit" not in card(online)
 
 
-def test_code_from_each_card_of_several_adapters_runs_when_pasted(online: HubServer, vpt: VPTModel, vit: Tiny) -> None:
+@pytest.mark.parametrize("has_own", [True, False], ids=["adapter's processor", "backbone's processor"])
+def test_code_from_each_card_of_several_adapters_runs_when_pasted(
+    has_own: bool, online: HubServer, vpt: VPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path)
+    online.repo(BACKBONE).put({PROCESSOR: b"{}" if has_own else (tmp_path / PROCESSOR).read_bytes()})
     vpt.add_adapter("cars", PromptConfig(num_tokens=2), num_labels=3)
-    vpt.push_to_hub(NAME)
+    vpt.push_to_hub(NAME, image_processor=processor if has_own else None)
     for folder, name in (("", "default"), ("cars/", "cars")):
-        text = online.repo(NAME).files()[folder + CARD].decode()
-        names: dict[str, Any] = {}
-        exec(text.split("```python\n")[1].split("```")[0], names)
+        names = run_code(online.repo(NAME).files()[folder + CARD].decode(), tmp_path, monkeypatch)
         vpt.set_adapter(name)
-        assert torch.equal(logits(names["vpt"], vit.pixel_values), logits(vpt, vit.pixel_values))
+        expected = logits(vpt, processor(names["image"], return_tensors="pt").pixel_values)
+        assert torch.equal(names["logits"], expected)
 
 
 def test_only_adapters_that_are_pushed_are_warned_about(online: HubServer, vpt: VPTModel, tmp_path: Path) -> None:
@@ -129,9 +137,110 @@ def test_only_adapters_that_are_pushed_are_warned_about(online: HubServer, vpt: 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         vpt.push_to_hub(NAME, selected_adapters=["default"])
-    with pytest.warns(UserWarning, match=r"is a local folder \('.*gone'\): others cannot load it"):
+    with pytest.warns(UserWarning, match=r"is a local folder \('.*gone'\), which is not published: others cannot"):
         vpt.push_to_hub(NAME, selected_adapters=["mine"])
     assert "base_model" not in online.repo(NAME).files()[f"mine/{CARD}"].decode().split("---")[1]
+
+
+# A model's files, and the folder that they are in.
+MODELS = {
+    "safetensors": ("model.safetensors", ""),
+    "shards": ("model-00001-of-00002.safetensors", ""),
+    "pickle": ("pytorch_model.bin", ""),
+    "damaged": ("model.safetensors", ""),
+    "subfolder": ("model.safetensors", "birds/"),
+}
+
+
+@pytest.mark.parametrize("branch", [None, "main", "new"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_repository_with_a_model_is_refused_before_anything_is_uploaded(
+    kind: str, branch: str | None, online: HubServer, vpt: VPTModel, tmp_path: Path
+) -> None:
+    name, folder = MODELS[kind]
+    weights = b"half" if kind == "damaged" else (tmp_path / "backbone/model.safetensors").read_bytes()
+    repo = online.add_repo(NAME, {folder + name: weights, folder + "config.json": b"{}"})
+    vpt.add_adapter("birds", PromptConfig(num_tokens=2))
+    online.requests.clear()
+    with pytest.raises(CheckpointError, match=rf"'{NAME}(/birds)?' contains a model \({name}\).* another .*repository"):
+        vpt.push_to_hub(NAME, revision=branch)
+    assert {method for method, _ in online.requests} <= {"GET", "HEAD"} and list(repo.refs) == ["main"]
+    others = [name for name in ("default", "birds") if bool(folder) == (name == "default")]
+    vpt.push_to_hub(NAME, selected_adapters=others, revision=branch)  # into another folder
+
+
+def test_a_repository_of_the_users_own_is_found_without_its_owner(
+    online: HubServer, vpt: VPTModel, vit: Tiny, tmp_path: Path
+) -> None:
+    online.add_repo("me/model", tmp_path / "backbone")
+    with pytest.raises(CheckpointError, match="'me/model' contains a model"):
+        vpt.push_to_hub("model")
+    online.add_repo("me/birds", {CARD: b"My words."})
+    vpt.push_to_hub("birds")
+    assert "My words." in online.repo("me/birds").files()[CARD].decode()
+    vpt.push_to_hub("cars", private=True)
+    assert online.repo("me/cars").private and '"me/cars"' in online.repo("me/cars").files()[CARD].decode()
+
+
+def test_a_repository_with_a_checkpoint_of_trainer_takes_adapters(
+    online: HubServer, vpt: VPTModel, tmp_path: Path
+) -> None:
+    vpt.save_pretrained(tmp_path / "checkpoint", state_dict=None)
+    online.add_repo(NAME, {"model.safetensors": (tmp_path / "checkpoint/model.safetensors").read_bytes()})
+    vpt.push_to_hub(NAME)
+    assert WEIGHTS in online.repo(NAME).files()
+
+
+def test_no_path_of_a_local_backbone_is_published(
+    online: HubServer, vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "backbone")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "backbone")
+    model.config._commit_hash = "a" * 40
+    vpt = get_vpt_model(model, PromptConfig(num_tokens=3)).eval()
+    vpt.add_adapter("cars", PromptConfig(num_tokens=2))
+    with pytest.warns(UserWarning, match="is a local folder .*, which is not published"):
+        vpt.push_to_hub(NAME, image_processor=ViTImageProcessor.from_pretrained(tmp_path / "backbone"))
+    files = online.repo(NAME).files()
+    assert [path for path, content in files.items() if str(tmp_path).encode() in content] == []
+    assert {json.loads(files[folder + CONFIG])["revision"] for folder in ("", "cars/")} == {None}
+    assert "a backbone of type `vit` that is not on the Hub" in card(online)
+    names = run_code(card(online), tmp_path, monkeypatch)
+    assert torch.equal(names["logits"], logits(vpt, processor(names["image"], return_tensors="pt").pixel_values))
+    vpt.save_pretrained(tmp_path / "adapter")  # here, its name is of use
+    loaded = AutoVPTModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded, vit.pixel_values), logits(vpt, vit.pixel_values))
+    vpt.save_pretrained(tmp_path / "to push", model_id=NAME)
+    assert [file for file in (tmp_path / "to push").rglob("*.*") if str(tmp_path).encode() in file.read_bytes()] == []
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong", "hf_you"])
+def test_a_push_without_the_right_token_says_how_to_log_in(
+    token: str | None, hub: HubServer, vit: Tiny, tmp_path: Path
+) -> None:
+    hub.add_user("you", "hf_you")
+    hub.add_repo(NAME)
+    vpt = vit.prompted()
+    with hub.client(token=token, cache=tmp_path), pytest.raises(HfHubHTTPError, match="`hf auth login`"):
+        vpt.push_to_hub(NAME)
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong", "hf_you"])
+def test_loading_without_the_right_token_says_how_to_log_in(
+    token: str | None, hub: HubServer, vit: Tiny, tmp_path: Path
+) -> None:
+    hub.add_user("you", "hf_you")
+    hub.add_repo(NAME, {CONFIG: b"{}"}, private=True)
+    vpt = vit.prompted()
+    loads = [
+        lambda: AutoVPTModel.from_pretrained(NAME),
+        lambda: VPTModel.from_pretrained(tiny_vit().model, NAME),
+        lambda: vpt.load_adapter(NAME, "other"),
+    ]
+    for load in loads:
+        with hub.client(token=token, cache=tmp_path), pytest.raises(HfHubHTTPError, match="`hf auth login`"):
+            load()
 
 
 def test_an_adapter_brings_its_image_processor(online: HubServer, vpt: VPTModel) -> None:
@@ -174,7 +283,7 @@ def test_a_backbone_of_the_right_revision_is_not_warned_about(
     online.repo(BACKBONE).put({"model.safetensors": (tmp_path / "changed/model.safetensors").read_bytes()})
     newest = AutoModelForImageClassification.from_pretrained(BACKBONE)  # both revisions are in the cache now
     with pytest.warns(UserWarning, match=f"was trained on revision {first}"):
-        VPTModel.from_pretrained(newest, NAME).unload()
+        VPTModel.from_pretrained(newest, NAME, check_backbone=False).unload()
     assert get_vpt_model(newest, PromptConfig()).active_config.revision == online.repo(BACKBONE).history()[0].oid
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

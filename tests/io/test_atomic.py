@@ -160,7 +160,7 @@ def test_a_process_waits_until_another_has_saved(
     import fcntl
 
     folder, running, events = tmp_path / "x", [], []
-    flock, replace = fcntl.flock, os.replace
+    flock, fsync, replace = fcntl.flock, os.fsync, os.replace
     two[0].save_pretrained(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
@@ -170,6 +170,10 @@ def test_a_process_waits_until_another_has_saved(
             raise OSError(errno.ENOLCK, "no locks on folders")
         flock(descriptor, operation)
         events.append("unlock" if operation & fcntl.LOCK_UN else "lock")
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append("fsync")
 
     def save_other() -> None:
         os.replace = replace
@@ -187,12 +191,13 @@ def test_a_process_waits_until_another_has_saved(
         events.append(Path(target).name)
 
     monkeypatch.setattr(fcntl, "flock", recorded_flock)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
     two[0].save_pretrained(folder)
     assert wait(running[0]) == 0
     first = events.index(WEIGHTS)
     assert "lock" in events[:first]
-    assert events[first : first + 3] == [WEIGHTS, CONFIG, "unlock"]  # no other process saves between the two files
+    assert events[first - 1 : first + 4] == ["fsync", WEIGHTS, "fsync", CONFIG, "unlock"]  # no other process in between
     assert held(folder, two) == 1
     assert sorted(os.listdir(folder)) == [CARD, CONFIG, WEIGHTS]
 
@@ -223,7 +228,7 @@ def test_readers_get_a_whole_adapter_while_processes_save_at_once(two: Any, tmp_
 @pytest.fixture
 def put(two: Any, tmp_path: Path) -> Callable[[int], None]:
     """Replaces the files in the folder "x" by those of one of the two, as saving does."""
-    for number in (0, 1, 1):  # twice: the second contains no hash of the file before the first
+    for number in (0, 1):
         two[number].save_pretrained(tmp_path / str(number))
     (tmp_path / "x").mkdir()
 
@@ -263,13 +268,17 @@ def test_a_reader_gets_a_whole_adapter_whatever_is_saved_between_its_steps(
 
 
 def test_a_file_that_is_replaced_while_safetensors_opens_it_is_opened_again(
-    two: Any, put: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from_file, numbers = torch.UntypedStorage.from_file, [1]
+    for number in (0, 1):
+        two[number].save_pretrained(tmp_path / "x")
+    shutil.copy(tmp_path / "x" / WEIGHTS, tmp_path / "weights-1")  # with the hash of the other's config
+    two[0].save_pretrained(tmp_path / "x")
+    from_file, replacing = torch.UntypedStorage.from_file, [tmp_path / "weights-1"]
 
     def replace_before(*args: Any, **kwargs: Any) -> Any:  # called by safetensors when it has read the header
-        if numbers:
-            put(numbers.pop())
+        if replacing:
+            os.replace(replacing.pop(), tmp_path / "x" / WEIGHTS)
         return from_file(*args, **kwargs)
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(replace_before))

@@ -83,7 +83,7 @@ def test_deleting_the_active_adapter_activates_another_and_warns(tiny: Tiny, two
         ("add_adapter", ("a.b", BIRDS), "must be a word without dots"),
         ("add_adapter", ("../up", BIRDS), "must be a word without dots"),
         ("add_adapter", ("__base__", BIRDS), "not '__base__'"),
-        ("add_adapter", ("boats", {"num_tokens": 3}), "config must be a PromptConfig, got dict"),
+        ("add_adapter", ("boats", {"num_tokens": 3}), "config must be a PromptConfig, got {"),
     ],
 )
 def test_a_wrong_name_is_a_clear_error_and_changes_nothing(
@@ -274,8 +274,8 @@ def test_low_precision_storage(tiny: Tiny, two: VPTModel, tmp_path: Path, name: 
     ("dtypes", "message"),
     [
         ({"dtype": torch.float16, "torch_dtype": torch.bfloat16}, "must agree, got torch.float16 and torch.bfloat16"),
-        ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype, such as torch.bfloat16, got torch.int8"),
-        ({"torch_dtype": "half"}, "dtype must be a floating-point torch.dtype, such as torch.bfloat16, got 'half'"),
+        ({"dtype": torch.int8}, "dtype must be one of torch.float32, .*, got torch.int8"),
+        ({"torch_dtype": "half"}, "dtype must be one of torch.float32, .*, got 'half'"),
     ],
 )
 def test_a_wrong_dtype_is_a_clear_error(two: VPTModel, tmp_path: Path, dtypes: dict[str, Any], message: str) -> None:

@@ -325,6 +325,38 @@ def test_a_push_while_training_is_a_whole_adapter_with_the_callback(
     assert f'from_pretrained(model, "{repository}")' in card and run.args.output_dir not in card
 
 
+@pytest.mark.parametrize("has_peft", [False, True])
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_no_push_of_trainer_publishes_the_path_of_a_local_backbone(
+    strategy: str, has_peft: bool, vit: Tiny, trainer: Any, hub: HubServer, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("transformers.trainer.is_peft_available", lambda: has_peft)
+    vit.model.save_pretrained(tmp_path / "my backbone")
+    vit.model = type(vit.model).from_pretrained(tmp_path / "my backbone")
+    vpt = vit.prompted()
+    arguments = {"push_to_hub": True, "hub_model_id": "me/tuned", "hub_token": "hf_me", "hub_always_push": True}
+    run = trainer(vpt, vit, [PushAdapter()], hub_strategy=strategy, **arguments)
+    with pytest.warns(UserWarning, match="is a local folder .*, which is not published"):
+        run.train()
+    run.push_to_hub()
+    commits = hub.repo("me/tuned").history()
+    assert [path for commit in commits for path, blob in commit.files.items() if b"my backbone" in blob.content] == []
+    assert "adapter_config.json" in commits[0].files
+
+
+def test_trainer_with_the_callback_refuses_a_repository_with_a_model_before_training(
+    vit: Tiny, trainer: Any, hub: HubServer, tmp_path: Path
+) -> None:
+    vit.model.save_pretrained(tmp_path / "model")
+    hub.add_repo("me/model", tmp_path / "model")
+    before = hub.repo("me/model").history()
+    run = trainer(vit.prompted(), vit, [PushAdapter()], push_to_hub=True, hub_model_id="me/model", hub_token="hf_me")
+    for push in (run.train, run.push_to_hub):
+        with pytest.raises(CheckpointError, match="'me/model' contains a model"):
+            push()
+    assert run.state.global_step == 0 and hub.repo("me/model").history() == before
+
+
 @pytest.mark.parametrize("is_forgotten", [False, True])
 def test_a_checkpoint_goes_into_the_adapter_that_it_was_made_of(vit: Tiny, trainer: Any, is_forgotten: bool) -> None:
     def two(tiny: Tiny) -> VPTModel:
@@ -449,8 +481,8 @@ def test_saving_over_a_checkpoint_updates_the_weights_that_trainer_loads(vit: Ti
 
 def test_wrong_arguments_are_refused_before_anything_is_written(vit: Tiny, tmp_path: Path) -> None:
     vpt = vit.prompted()
-    with pytest.raises(TypeError, match="takes no max_shard_size"):
-        vpt.save_pretrained(tmp_path / "x", max_shard_size="5GB")
+    with pytest.raises(TypeError, match="takes no shard_size"):
+        vpt.save_pretrained(tmp_path / "x", shard_size="5GB")
     with pytest.raises(AdapterError, match="must name some of default"):
         vpt.save_pretrained(tmp_path / "x", [])
     assert not (tmp_path / "x").exists()

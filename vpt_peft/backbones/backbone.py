@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, safe_repr
 from .architecture import ARCHITECTURES, Architecture, Head
 
 IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -140,6 +140,11 @@ def find_backbone(model: nn.Module) -> Backbone:
     Raises:
         UnsupportedModelError: no declaration fits; the error lists the supported classes.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"Expected a model, got {safe_repr(model)}. Load it first, for example by "
+            "AutoModelForImageClassification.from_pretrained(name)."
+        )
     declared = _find_architecture(model)
     head = _find_head(model, declared.heads) if declared else None
     if declared is None or head is None:

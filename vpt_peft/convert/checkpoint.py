@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone, find_backbone
 from ..config import PromptConfig
 from ..errors import ConfigError
+from ..hub import check_model_name
 from ..model import get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
 from .official import check_backbone, normalize_names, pop_head, pop_prompts
 from .pth import read_tensors
@@ -113,6 +114,7 @@ def _load_model(model: nn.Module | str | os.PathLike[str]) -> nn.Module:
         return model
     from transformers import AutoModelForImageClassification
 
+    check_model_name(model)
     loaded: nn.Module = AutoModelForImageClassification.from_pretrained(model)
     return loaded
 

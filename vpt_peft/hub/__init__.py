@@ -1,15 +1,28 @@
 """Push and pull of adapters, provenance of the backbone, model cards."""
 
-from .card import CARD_DETAILS, CARD_NAME, render_card, update_card, write_card
-from .provenance import add_provenance, resolve_commit, warn_if_local, warn_if_revision_differs
-from .repo_ids import is_folder, is_repo_id
-from .transfer import fetch_cards, pull, pulled, push
+from .card import CARD_NAME, update_card, write_card
+from .card_content import CARD_DETAILS, CardContent, render_card
+from .provenance import (
+    add_provenance,
+    resolve_commit,
+    warn_if_local,
+    warn_if_revision_differs,
+    without_local_backbone,
+)
+from .repo_ids import check_model_name, is_folder, is_repo_id
+from .transfer import fetch_cards, find_commit, full_repo_id, pull, pulled, push, suggest_login, tensor_names
+from .usage import BACKBONE_CLASSES
 
 __all__ = [
+    "BACKBONE_CLASSES",
     "CARD_DETAILS",
     "CARD_NAME",
+    "CardContent",
     "add_provenance",
+    "check_model_name",
     "fetch_cards",
+    "find_commit",
+    "full_repo_id",
     "is_folder",
     "is_repo_id",
     "pull",
@@ -17,8 +30,11 @@ __all__ = [
     "push",
     "render_card",
     "resolve_commit",
+    "suggest_login",
+    "tensor_names",
     "update_card",
     "warn_if_local",
     "warn_if_revision_differs",
+    "without_local_backbone",
     "write_card",
 ]

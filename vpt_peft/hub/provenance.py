@@ -18,10 +18,11 @@ from ..errors import AdapterError, safe_repr
 from .repo_ids import is_folder, is_repo_id
 
 
-def add_provenance(config: PromptConfig, backbone: Backbone) -> PromptConfig:
+def add_provenance(config: object, backbone: Backbone) -> PromptConfig:
     """The config with name and revision of the backbone, unless the user has set the name."""
     if not isinstance(config, PromptConfig):
-        raise AdapterError(f"config must be a PromptConfig, got {type(config).__name__}.")
+        got = "the class itself" if config is PromptConfig else safe_repr(config)
+        raise AdapterError(f"config must be a PromptConfig, got {got}. Make one: vpt_peft.PromptConfig(num_tokens=10).")
     if config.base_model_name_or_path is not None:
         return config
     name = backbone.model.config.name_or_path or None
@@ -91,10 +92,18 @@ def resolve_commit(config: PromptConfig) -> str | None:
     return cached.parent.name if cached else None
 
 
+def without_local_backbone(config: PromptConfig) -> PromptConfig:
+    """The config to publish: without the name of a backbone that is not on the Hub, which is a path of this machine."""
+    name = config.base_model_name_or_path
+    if name is None or is_repo_id(name):
+        return config
+    return config.replace(base_model_name_or_path=None, revision=None)
+
+
 def warn_if_local(name: str | None) -> None:
     """Warns if others cannot load the backbone of a pushed adapter."""
     if name is None or not is_repo_id(name):
-        backbone = "has no name" if name is None else f"is a local folder ({safe_repr(name)})"
+        backbone = "has no name" if name is None else f"is a local folder ({safe_repr(name)}), which is not published"
         warnings.warn(
             f"The adapter's backbone {backbone}: others cannot load it. Push the backbone too, and set its name as "
             "base_model_name_or_path in the PromptConfig.",

@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ..errors import CheckpointError, safe_repr
+
 
 def is_folder(name: str | os.PathLike[str]) -> bool:
     """Whether a folder of that name exists."""
@@ -24,3 +26,12 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return not is_folder(name)
+
+
+def check_model_name(name: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError unless a name can be that of a model: an existing folder, or a repository's name."""
+    if not is_folder(name) and not is_repo_id(os.fspath(name)):
+        raise CheckpointError(
+            f"Expected the folder of a model, or its name on the Hub, got {safe_repr(os.fspath(name))}, which is "
+            "neither an existing folder nor a valid repository name. Check the path."
+        )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from ..errors import CheckpointError, VPTError
@@ -22,12 +24,28 @@ from .repo_ids import is_folder, is_repo_id
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", PREPROCESSOR_NAME)
+REFUSED = (401, 403)  # HTTP status codes
+
+
+@contextmanager
+def suggest_login() -> Iterator[None]:
+    """Adds how to log in to errors of the Hub client that a missing or wrong token can cause."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code in REFUSED or isinstance(error, RepositoryNotFoundError):
+            error.append_to_message(
+                "\nTo read a private or gated repository, or to write to one, log in with `hf auth login`, or pass a "
+                "token with that right."
+            )
+        raise
 
 
 @contextmanager
 def pulled(model_id: str | os.PathLike[str], **source: Any) -> Iterator[Path]:
     """The folder returned by :func:`pull`. Errors raised inside the context name the repository."""
-    folder = pull(model_id, **source)
+    with suggest_login():
+        folder = pull(model_id, **source)
     try:
         yield folder
     except VPTError as error:
@@ -102,15 +120,44 @@ def _cached_subfolder(repo_id: str, where: dict[str, Any]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def fetch_cards(
-    repo_id: str, folder: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
-) -> None:
-    """Downloads the model cards of a repository, if it exists, so that their text is kept."""
-    for source in dict.fromkeys([revision, None]):  # a new branch starts from the main one
-        with suppress(RepositoryNotFoundError, RevisionNotFoundError):
-            patterns = ["README.md", "*/README.md"]
-            snapshot_download(repo_id, local_dir=str(folder), allow_patterns=patterns, revision=source, token=token)
-            return
+def full_repo_id(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
+    """The name of a repository with its owner. Without one it is the user's, and created if it does not exist."""
+    if "/" in repo_id:
+        return repo_id
+    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def find_commit(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> tuple[str, list[str]]:
+    """The commit that a push to a repository is based on, and the paths of its files.
+
+    Args:
+        revision: the branch that is pushed to; a new one starts from the main branch.
+
+    Returns:
+        An empty name and list if there is no such repository.
+    """
+    for source in dict.fromkeys([revision, None]):
+        try:
+            info = HfApi(token=token).model_info(repo_id, revision=source)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            continue
+        return str(info.sha), [file.rfilename for file in info.siblings or []]
+    return "", []
+
+
+def tensor_names(repo_id: str, path: str, commit: str, token: str | bool | None = None) -> list[str]:
+    """Names of the tensors in a safetensors file on the Hub, of which only the header is downloaded."""
+    try:
+        header = HfApi(token=token).parse_safetensors_file_metadata(repo_id, path, revision=commit)
+    except SafetensorsParsingError:
+        return []
+    return list(header.tensors)
+
+
+def fetch_cards(repo_id: str, folder: str | os.PathLike[str], commit: str, token: str | bool | None = None) -> None:
+    """Downloads the model cards of a repository, so that their text is kept."""
+    patterns = ["README.md", "*/README.md"]
+    snapshot_download(repo_id, local_dir=str(folder), allow_patterns=patterns, revision=commit, token=token)
 
 
 def push(

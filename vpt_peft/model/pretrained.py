@@ -20,20 +20,26 @@ from ..io import check_state_dict, strip_compile_prefix
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+DISPATCH_FIRST = (
+    "Load the backbone with from_pretrained(..., device_map=...) before get_vpt_model(), or move the whole model with "
+    "vpt.to(device)."
+)
 BACKBONE_KEY = re.compile(r"(^|\.)base_model\.")
 
 # Methods and properties of PreTrainedModel that are the backbone's.
 DELEGATED = (
     "_no_split_modules", "can_record_outputs", "dummy_inputs", "ep_plan", "fsdp_plan", "fsdp_size",
     "get_correct_attn_implementation", "get_decoder", "get_encoder", "get_expanded_tied_weights_keys",
-    "get_input_embeddings", "get_output_embeddings", "hf_device_map", "is_distributed_loading_by_transformers",
+    "get_input_embeddings", "get_output_embeddings", "is_distributed_loading_by_transformers",
     "pp_plan", "set_attn_implementation", "supports_gradient_checkpointing", "tie_weights", "tp_plan", "tp_size",
     "use_kernels",
 )  # fmt: skip
 
 # Methods of PreTrainedModel that do not apply to a model with adapters, by what to use instead.
 UNSUPPORTED = {
-    "Use `with vpt.disable_adapter():`.": ("disable_adapters", "enable_adapters"),
+    "Use `with vpt.disable_adapter():`.": (
+        "disable_adapter_layers", "disable_adapters", "enable_adapter_layers", "enable_adapters",
+    ),
     "load_adapter() onto an existing name replaces its tensors without recompilation.": ("enable_peft_hotswap",),
     "Adapters are saved by save_pretrained(); each process of FSDP2 must call it.": (
         "barrier_after_gathered_checkpoint_save", "gather_sharded_state_dict_for_save", "save_distributed_checkpoint",
@@ -41,6 +47,11 @@ UNSUPPORTED = {
     ),
     "Tags in the metadata of the model card (README.md) are kept when it is updated.": ("add_model_tags",),
     "Load adapters by AutoVPTModel.": ("register_for_auto_class",),
+    "Prompts cannot be merged into the backbone's weights. Keep the adapter, or call unload() for the bare backbone.": (
+        "merge_adapter", "merge_and_unload", "unmerge_adapter",
+    ),
+    "Prompts and heads of several adapters cannot be combined into one.": ("add_weighted_adapter",),
+    "Use get_model_status().": ("get_layer_status",),
     "Use torch.compile(vpt).": ("get_compiled_call",),
     "Change the backbone before get_vpt_model(), or after unload().": (
         "dequantize", "get_experts_implementation", "get_correct_experts_implementation", "get_init_context",
@@ -136,6 +147,24 @@ class PreTrainedAdapterModel(PreTrainedModel):
             )
         return super().to(*args, **kwargs)
 
+    @property
+    def _old_forward(self) -> Any:
+        """The attribute that hooks of accelerate set first."""
+        raise AttributeError("A VPTModel has no hooks of accelerate.")
+
+    @_old_forward.setter
+    def _old_forward(self, value: Any) -> NoReturn:
+        raise AdapterError(f"A VPTModel cannot get hooks of accelerate. {DISPATCH_FIRST}")
+
+    @property
+    def hf_device_map(self) -> Any:
+        """The backbone's."""
+        return self.base_model.hf_device_map
+
+    @hf_device_map.setter
+    def hf_device_map(self, value: Any) -> NoReturn:
+        raise AdapterError(f"A VPTModel cannot be dispatched by accelerate. {DISPATCH_FIRST}")
+
     def enable_input_require_grads(self) -> None:
         """Does nothing: prompts require gradients in every layer, and checkpointing must be non-reentrant."""
 
@@ -172,10 +201,13 @@ class PreTrainedAdapterModel(PreTrainedModel):
         """
         given = strip_compile_prefix(state_dict)
         _drop_backbone_keys(self, given, "")
-        if given and not any(name.startswith("adapters.") for name in given):
+        of_one_adapter = [name for name in given if name.partition(".")[0] in self._active._modules]
+        if of_one_adapter or (given and not any(name.startswith("adapters.") for name in given)):
+            key = (of_one_adapter or list(given))[0]
             raise CheckpointError(
-                f"Expected keys such as adapters.{self._active_adapter}.prompts.0, got {next(iter(given))}. For the "
-                "state dict of one adapter use set_adapter_state_dict(model, state_dict, adapter_name)."
+                f"Expected keys such as adapters.{self._active_adapter}.prompts.0, got {key}. For the folder of an "
+                "adapter use load_adapter(folder, name); for the state dict of one, set_adapter_state_dict(model, "
+                "state_dict, name)."
             )
         own = dict(self.state_dict())
         common = own.keys() & given.keys()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import CheckpointError, truncate_list
-from ..hub import CARD_NAME, render_card, update_card
+from ..hub import CARD_NAME, find_commit, render_card, tensor_names, update_card, without_local_backbone
 from ..io import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -60,21 +62,25 @@ def save_adapters(
             for them, with the keys of the model's state dict. None: only if the file exists already.
         model_state: state dict of the model, gathered from several processes; None: the adapters' own tensors.
         is_main_process: False: only take part in gathering tensors.
-        card_details: see :func:`~vpt_peft.hub.render_card`.
+        card_details: see :func:`~vpt_peft.hub.render_card`. With ``model_id``, the folder is made to be published: the
+            path of a local backbone is left out.
 
     Raises:
         CheckpointError, ConfigError: an adapter could not be loaded again, a folder contains a full model or cannot be
             written to, or ``model_state`` lacks tensors. Nothing was saved.
     """
     directory = Path(save_directory)
+    if card_details.get("model_id") is not None:
+        adapters = {name: _to_publish(adapter) for name, adapter in adapters.items()}
     folders = {name: adapter_folder(directory, name) for name in adapters}
     # In all processes, since those that go on would wait for the others.
     for folder in sorted({*folders.values(), *([] if checkpointed is None else [directory])}):
         _check_writable(folder)
         _check_no_model(folder)
     configs = {name: pack_config(adapter, fingerprint) for name, adapter in adapters.items()}
+    details = {**card_details, "has_processor": image_processor is not None}
     cards = {
-        name: render_card(adapter, folders[name], subfolder=None if name == "default" else name, **card_details)
+        name: render_card(adapter, folders[name], subfolder=None if name == "default" else name, **details)
         for name, adapter in adapters.items()
     }
     gathered = None if not model_state else strip_compile_prefix(model_state)
@@ -91,7 +97,7 @@ def save_adapters(
         with lock_folder(folder):
             for file, content in processor_files.items():
                 atomic_write(folder / file, content)
-        update_card(folder, *cards[name], stacklevel=4)
+        update_card(folder, cards[name], stacklevel=4)
     checkpointed = checkpointed or _checkpointed_adapter(directory)  # an existing file must not become stale
     if checkpointed in states:
         _write_trainer_file(directory, checkpointed, states[checkpointed])
@@ -115,6 +121,35 @@ def _write_trainer_file(directory: Path, name: str, state: Mapping[str, Tensor])
     content = pack_weights({f"adapters.{name}.{key}": tensor for key, tensor in state.items()}, {"adapter": name})
     with lock_folder(directory):
         atomic_write(directory / TRAINER_WEIGHTS, content)
+
+
+def _to_publish(adapter: Adapter) -> Adapter:
+    """The same adapter, sharing its tensors, with the config to publish."""
+    published = copy.copy(adapter)
+    published.config = without_local_backbone(adapter.config)
+    return published
+
+
+def check_repository(
+    adapter_names: Iterable[str], repo_id: str, revision: str | None = None, token: str | bool | None = None
+) -> str:
+    """Checks that pushing adapters to a repository leaves no model in it unloadable.
+
+    Args:
+        revision: the branch that is pushed to.
+
+    Returns:
+        The commit that the push is based on; empty if there is no such repository.
+
+    Raises:
+        CheckpointError: a folder that an adapter would be pushed to contains a full model.
+    """
+    commit, files = find_commit(repo_id, revision, token)
+    for folder in sorted({PurePosixPath() if name == "default" else PurePosixPath(name) for name in adapter_names}):
+        names = [PurePosixPath(file).name for file in files if PurePosixPath(file).parent == folder]
+        where = repo_id if folder == PurePosixPath() else f"{repo_id}/{folder}"
+        _refuse_model(names, where, partial(tensor_names, repo_id, str(folder / TRAINER_WEIGHTS), commit, token))
+    return commit
 
 
 def _check_writable(folder: Path) -> None:
@@ -142,15 +177,25 @@ def _make_folders(folders: Mapping[str, Path]) -> None:
 
 
 def _check_no_model(folder: Path) -> None:
+    """Raises CheckpointError for a folder with a full model."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    _refuse_model(names, str(folder), partial(_tensor_names, folder / TRAINER_WEIGHTS))
+
+
+def _refuse_model(file_names: Iterable[str], where: str, tensors: Callable[[], Iterable[str]]) -> None:
     """Raises CheckpointError for a folder with a full model: a checkpoint would replace its weights, and transformers
-    with PEFT would take it for an adapter."""
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    found = [name for name in names if MODEL_WEIGHTS.fullmatch(name)]
-    if found and not (found == [TRAINER_WEIGHTS] and _has_only_adapters(folder / TRAINER_WEIGHTS)):
+    with PEFT would take it for an adapter.
+
+    Args:
+        where: the folder or repository, for the error message.
+        tensors: returns the names of the tensors in the file that Trainer's checkpoints have too.
+    """
+    found = sorted(name for name in file_names if MODEL_WEIGHTS.fullmatch(name))
+    if found and not (found == [TRAINER_WEIGHTS] and _are_adapters(tensors())):
         raise CheckpointError(
-            f"An adapter needs a folder of its own, but '{folder}' contains a model "
-            f"({truncate_list(found, MAX_LISTED)}), which could not be loaded any more. Choose another folder. "
-            "Nothing was saved."
+            f"An adapter needs a folder of its own, but '{where}' contains a model "
+            f"({truncate_list(found, MAX_LISTED)}), which could not be loaded any more. Choose another folder or "
+            "repository. Nothing was saved."
         )
 
 
@@ -163,10 +208,16 @@ def _checkpointed_adapter(directory: Path) -> str | None:
         return None
 
 
-def _has_only_adapters(path: Path) -> bool:
-    """Whether a file is a checkpoint of adapters, ours or accelerate's."""
+def _tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a file; none if it is damaged."""
     try:
         with open_weights(path) as weights:
-            return all(name.startswith("adapters.") for name in strip_compile_prefix(weights.shapes))
+            return list(weights.shapes)
     except CheckpointError:
-        return False
+        return []
+
+
+def _are_adapters(names: Iterable[str]) -> bool:
+    """Whether tensors are those of a checkpoint of adapters, ours or accelerate's."""
+    stripped = strip_compile_prefix(dict.fromkeys(names))
+    return bool(stripped) and all(name.startswith("adapters.") for name in stripped)

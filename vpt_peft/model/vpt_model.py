@@ -22,18 +22,22 @@ from ..backbones import Backbone
 from ..config import PromptConfig
 from ..errors import AdapterError, RouteError
 from ..injection import AdapterBatch, ForwardContext, Injector, activate, disable, is_disabled
-from .backbone_checks import check_untrained, find_bare_backbone, warn_of_initialised_parts
-from .loss import add_loss, check_own_loss
-from .mixed_batch import (
+from .arguments import (
+    HUB_OPTIONS,
+    ReadOnlyConfigs,
     check_adapter_name,
     check_adapters_exist,
-    count_labels,
-    mask_padded_logits,
-    mix_adapters,
-    watch_gradients,
+    check_names,
+    check_options,
+    check_pixel_values,
+    pop_peft_options,
+    single_name,
+    storage_dtype,
 )
+from .backbone_checks import check_untrained, find_bare_backbone, warn_of_initialised_parts
+from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits, mix_adapters, watch_gradients
 from .pretrained import PreTrainedAdapterModel
-from .saving import adapter_folder, save_adapters
+from .saving import adapter_folder, check_repository, save_adapters
 from .status import ModelStatus, get_status
 
 
@@ -128,14 +132,16 @@ class VPTModel(PreTrainedAdapterModel):
             dtype: precision of the adapter's tensors; None: float32. ``torch_dtype`` is its older name.
             check_backbone: False: loads onto another backbone than the one the adapter was trained on, as far as
                 shapes permit.
-            source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub.
+            source: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, for the Hub. Options of
+                PEFT's method that make no difference here are accepted too.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or the adapter was made for another backbone.
             UnsupportedModelError, AdapterError, ConfigError: and the model is unchanged.
         """
         check_adapter_name(adapter_name)
-        dtype = _storage_dtype(dtype, torch_dtype)
+        dtype = storage_dtype(dtype, torch_dtype)
+        source = check_options("VPTModel.from_pretrained", source, HUB_OPTIONS)
         backbone = find_bare_backbone(model)
         fingerprint = io.take_fingerprint(backbone)
         with hub.pulled(model_id, **source) as folder:
@@ -173,8 +179,8 @@ class VPTModel(PreTrainedAdapterModel):
             AdapterError: an argument does not match the adapters; RouteError: prompts did not reach a layer.
         """
         self._check_loaded()
-        if pixel_values is None:
-            raise AdapterError("pixel_values must be given, got None. Use the backbone's image processor to make them.")
+        check_pixel_values(pixel_values)
+        assert pixel_values is not None
         optional = {
             "bool_masked_pos": bool_masked_pos, "interpolate_pos_encoding": interpolate_pos_encoding,
             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
@@ -278,18 +284,26 @@ class VPTModel(PreTrainedAdapterModel):
 
     @property
     def peft_config(self) -> dict[str, PromptConfig]:  # type: ignore[override]
-        """The config of each adapter."""
-        return {name: adapter.config for name, adapter in self._adapters.items()}
+        """The config of each adapter. Changing the dictionary raises AdapterError."""
+        return ReadOnlyConfigs({name: adapter.config for name, adapter in self._adapters.items()})
 
     @property
     def active_config(self) -> PromptConfig:
         """The config of the active adapter."""
         return self._active.config
 
-    def add_adapter(self, adapter_name: str, config: PromptConfig, **labels: Any) -> None:  # type: ignore[override]
+    def add_adapter(  # type: ignore[override]  # as in PEFT
+        self,
+        adapter_name: str,
+        config: PromptConfig | None = None,
+        *,
+        peft_config: PromptConfig | None = None,
+        **labels: Any,
+    ) -> None:
         """Adds an adapter with new prompts. The active adapter remains active.
 
         Args:
+            config: its configuration. ``peft_config`` is PEFT's name for it.
             labels: ``num_labels``, ``id2label``, ``label2id`` or ``problem_type`` where they differ from the model's.
                 Ids may be strings, and names numbers; one of ``id2label`` and ``label2id`` is enough. With another
                 number of labels, the head is initialised, and ``problem_type`` is not inherited.
@@ -301,7 +315,9 @@ class VPTModel(PreTrainedAdapterModel):
         check_adapter_name(adapter_name)
         if adapter_name in self.adapters:
             raise AdapterError(f"An adapter '{adapter_name}' exists already. Delete it first, or choose another name.")
-        self._insert(adapter_name, Adapter(hub.add_provenance(config, self.backbone), self.backbone, labels))
+        pop_peft_options("add_adapter", labels)
+        config = hub.add_provenance(peft_config if config is None else config, self.backbone)
+        self._insert(adapter_name, Adapter(config, self.backbone, labels))
 
     def load_adapter(  # type: ignore[override]  # as in PEFT
         self,
@@ -328,7 +344,8 @@ class VPTModel(PreTrainedAdapterModel):
         """
         self._check_loaded()
         check_adapter_name(adapter_name)
-        dtype = _storage_dtype(dtype, torch_dtype)
+        dtype = storage_dtype(dtype, torch_dtype)
+        source = check_options("load_adapter", source, HUB_OPTIONS)
         fingerprint = self._fingerprint if check_backbone else None
         with hub.pulled(model_id, **source) as folder:
             if adapter_name in self.adapters:
@@ -344,15 +361,23 @@ class VPTModel(PreTrainedAdapterModel):
         adapter.requires_grad_(False)
         self.adapters._modules[adapter_name] = adapter.train(self.training)  # item assignment refuses some names
 
-    def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]  # as in PEFT
-        """Makes an adapter the active one. Only that trains, unless it was loaded with ``is_trainable=False``."""
+    def set_adapter(  # as in PEFT
+        self, adapter_name: str | Sequence[str], inference_mode: bool = False
+    ) -> None:
+        """Makes an adapter the active one. Only that trains, unless it was loaded with ``is_trainable=False``.
+
+        Args:
+            adapter_name: a name, or a list of one.
+            inference_mode: True: it does not train either.
+        """
         self._check_loaded()
-        check_adapters_exist(self.adapters, [adapter_name])  # type: ignore[arg-type]
+        name = single_name(adapter_name)
+        check_adapters_exist(self.adapters, [name])  # type: ignore[arg-type]
         for previous in self._active_list:
             previous.requires_grad_(False)
-        adapter = self._adapters[adapter_name]
-        adapter.requires_grad_(not adapter.config.inference_mode)
-        self._active_adapter = adapter_name
+        adapter = self._adapters[name]
+        adapter.requires_grad_(not (inference_mode or adapter.config.inference_mode))
+        self._active_adapter = name
         self._active_list = [adapter]
 
     def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]  # as in PEFT
@@ -449,14 +474,10 @@ class VPTModel(PreTrainedAdapterModel):
             ConfigError: labels or details of the card are not valid. Nothing was saved.
         """
         self._check_loaded()
-        unknown = sorted(card_details.keys() - hub.CARD_DETAILS)
-        if unknown:
-            raise TypeError(
-                f"save_pretrained takes no {', '.join(unknown)}; for the card it takes {sorted(hub.CARD_DETAILS)}."
-            )
+        card_details = check_options("save_pretrained", card_details, hub.CARD_DETAILS)
         is_checkpoint = state_dict is not ...
         names = [self._active_adapter] if is_checkpoint else list(self.adapters)
-        names = names if selected_adapters is None else list(selected_adapters)
+        names = names if selected_adapters is None else check_names(selected_adapters)
         check_adapters_exist(self.adapters, names)  # type: ignore[arg-type]
         if not names:
             raise AdapterError(f"selected_adapters must name some of {', '.join(self.adapters)}, got none.")
@@ -481,8 +502,10 @@ class VPTModel(PreTrainedAdapterModel):
 
         Args:
             output_dir: as for :meth:`save_pretrained`; created if it does not exist.
-            details: ``model_id``, ``training_data``, ``metrics`` (``{name: number or text}``) and ``license``.
+            details: ``model_id``, ``training_data``, ``metrics`` (``{name: number or text}``), ``hyperparameters``
+                (``{name: value}``) and ``license``.
         """
+        details = check_options("create_or_update_model_card", details, hub.CARD_DETAILS)
         check_adapters_exist(self.adapters, [adapter_name])  # type: ignore[arg-type]
         subfolder = None if adapter_name == "default" else adapter_name
         hub.write_card(
@@ -509,13 +532,22 @@ class VPTModel(PreTrainedAdapterModel):
             private, revision, create_pr, token, commit_message: as in ``huggingface_hub``.
 
         Raises:
+            CheckpointError: the repository contains a full model, which could not be loaded any more. Nothing was
+                uploaded.
             huggingface_hub.errors.HfHubHTTPError: from the Hub client.
         """
         self._check_loaded()
-        with TemporaryDirectory() as folder:
-            hub.fetch_cards(repo_id, folder, revision=revision, token=token)
-            self.save_pretrained(folder, selected_adapters, image_processor, **{"model_id": repo_id, **card_details})
-            for name in self.adapters if selected_adapters is None else selected_adapters:
+        card_details = check_options("push_to_hub", card_details, hub.CARD_DETAILS)
+        names = list(self.adapters) if selected_adapters is None else check_names(selected_adapters)
+        check_adapters_exist(self.adapters, names)  # type: ignore[arg-type]
+        with TemporaryDirectory() as folder, hub.suggest_login():
+            repo_id = hub.full_repo_id(repo_id, private, token)
+            commit = check_repository(names, repo_id, revision, token)
+            if commit:
+                hub.fetch_cards(repo_id, folder, commit, token)
+            card_details = {**card_details, "model_id": card_details.get("model_id") or repo_id}
+            self.save_pretrained(folder, selected_adapters, image_processor, **card_details)
+            for name in names:
                 hub.warn_if_local(self._adapters[name].config.base_model_name_or_path)
             return hub.push(
                 Path(folder), repo_id, private=private, revision=revision, create_pr=create_pr, token=token,
@@ -551,19 +583,3 @@ def set_adapter_state_dict(model: VPTModel, state_dict: dict[str, Tensor], adapt
     """
     check_adapters_exist(model.adapters, [adapter_name])  # type: ignore[arg-type]
     io.load_state_dict(model._adapters[adapter_name], state_dict)
-
-
-def _storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The precision given by either of two argument names.
-
-    Raises:
-        AdapterError: it is not floating point, or the two differ.
-    """
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise AdapterError(
-            f"dtype and its older name torch_dtype must agree, got {dtype} and {torch_dtype}. Give one of them."
-        )
-    asked = torch_dtype if dtype is None else dtype
-    if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
-        raise AdapterError(f"dtype must be a floating-point torch.dtype, such as torch.bfloat16, got {asked!r}.")
-    return asked

@@ -1,56 +1,19 @@
-"""Mixed batches: each image is computed with the adapter of its own task."""
+"""Around the forward pass of the backbone: the parts of a mixed batch before it, loss and logits after it."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import AdapterError, safe_repr, truncate_list
+from ..backbones import Backbone
+from ..errors import AdapterError
 from ..injection import AdapterBatch, ForwardContext
-
-BASE = "__base__"
-MAX_LISTED = 20
-MAX_NAME_BYTES = 255
-NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # control characters, half surrogate pairs, separators of lines
-RESERVED_NAMES = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
-
-
-def check_adapters_exist(adapters: Mapping[str, object], names: Sequence[object]) -> None:
-    """Raises AdapterError for names of adapters that do not exist."""
-    unknown = sorted({str(name) for name in names if name not in adapters})
-    if unknown:
-        raise AdapterError(
-            f"The model has the adapters {truncate_list(list(adapters), MAX_LISTED)}, got "
-            f"{truncate_list(unknown, MAX_LISTED)}."
-        )
-
-
-def check_adapter_name(name: object) -> None:
-    """Raises AdapterError unless a name can be an adapter's: part of keys, and the name of a folder on any system."""
-    if not isinstance(name, str) or not name or name == BASE or any(character in name for character in "./\\"):
-        raise AdapterError(
-            f"An adapter's name must be a word without dots and slashes, not '{BASE}', got {safe_repr(name)}."
-        )
-    reason = ""
-    if name in vars(nn.ModuleDict()):
-        reason = "which torch uses itself"
-    elif len(name.encode(errors="replace")) > MAX_NAME_BYTES:
-        reason = f"which is longer than {MAX_NAME_BYTES} bytes"
-    elif any(unicodedata.category(character) in NOT_PRINTED or character in '<>:"|?*' for character in name):
-        reason = "which contains characters that names of files must not contain on all systems"
-    elif name != name.strip() or RESERVED_NAMES.fullmatch(name):
-        reason = "which is no name of a folder on Windows"
-    if reason:
-        raise AdapterError(
-            f"An adapter is saved in a folder of its name, got {safe_repr(name)}, {reason}. Choose another name."
-        )
+from .arguments import BASE, check_adapters_exist
 
 
 def mix_adapters(adapters: Mapping[str, Adapter], names: Sequence[str], num_images: int) -> list[AdapterBatch]:
@@ -82,24 +45,22 @@ def mix_adapters(adapters: Mapping[str, Adapter], names: Sequence[str], num_imag
     return batches
 
 
-def count_labels(adapters: Mapping[str, Adapter], names: Sequence[str], base_labels: int) -> Tensor:
-    """Number of labels of each image's task, ``(num_images,)``; without a classifier, the number of features."""
+def count_labels(adapters: Mapping[str, Adapter], names: Sequence[str], base_labels: int) -> list[int]:
+    """Number of labels of each image's task; without a classifier, the number of features."""
     num_features = next(iter(adapters.values())).widths[-1]
-    return torch.tensor(
-        [(base_labels if name == BASE else adapters[name].num_labels) or num_features for name in names]
-    )
+    return [(base_labels if name == BASE else adapters[name].num_labels) or num_features for name in names]
 
 
-def mask_padded_logits(output: Any, num_labels: Tensor) -> None:
+def mask_padded_logits(output: Any, num_labels: Sequence[int]) -> None:
     """Sets ``num_labels`` of a mixed batch's output, and ``-inf`` for the padded labels in its ``logits``.
 
     Args:
         output: with ``logits`` of shape ``(num_images, most labels, ...)``.
-        num_labels: ``(num_images,)``.
+        num_labels: of each image.
     """
     logits = output["logits"]
-    output["num_labels"] = num_labels.to(logits.device)
-    if num_labels.min() < num_labels.max():
+    output["num_labels"] = torch.tensor(num_labels, device=logits.device)
+    if len(set(num_labels)) > 1:
         padding = torch.arange(logits.shape[1], device=logits.device) >= output["num_labels"][:, None]
         output["logits"] = logits.masked_fill(padding.view(*padding.shape, *[1] * (logits.ndim - 2)), -torch.inf)
 
@@ -132,3 +93,32 @@ def watch_gradients(output: Any, context: ForwardContext) -> None:
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(check)
+
+
+def check_own_loss(backbone: Backbone, adapter: Adapter) -> None:
+    """Raises AdapterError where a model that computes the loss in its forward would refuse the number of labels."""
+    counts = (backbone.model.config.num_labels, adapter.num_labels)
+    if backbone.head.label_layers and 1 in counts:
+        raise AdapterError(
+            f"The loss of {type(backbone.model).__name__} needs at least two labels, got {counts[0]} in the "
+            f"backbone's config and {counts[1]} in the adapter's. Load the backbone with more, or leave labels out."
+        )
+
+
+def add_loss(output: Any, labels: Tensor, loss_function: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+    """The output with the loss of its logits.
+
+    Args:
+        loss_function: ``loss_function(labels, logits, config)``.
+        config: the backbone's config with the adapter's labels.
+        kwargs: arguments of the forward call, of which ``num_items_in_batch`` is passed on.
+
+    Raises:
+        AdapterError: the output has no logits of labels.
+    """
+    if "logits" not in output or config.num_labels == 0:
+        got = "num_labels=0" if "logits" in output else type(output).__name__
+        raise AdapterError(f"labels need a model with a classifier, got {got}. Leave labels out.")
+    counted = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+    loss = loss_function(labels, output.logits, config, **counted)
+    return type(output)(**{**output, "loss": loss})

@@ -1,0 +1,27 @@
+"""Running the code of a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+
+def run_code(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the code of a card in a folder with an image, and with the backbone if the card cannot name it.
+
+    Returns:
+        The variables.
+    """
+    if not (folder / "image.jpg").exists():
+        Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB").save(folder / "image.jpg")
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/backbone", "backbone")
+    try:
+        exec(code, names)
+    except ImportError:
+        pytest.skip("AutoImageProcessor of this version of transformers needs torchvision")
+    return names

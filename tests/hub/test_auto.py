@@ -1,0 +1,109 @@
+"""AutoVPTModel: adapters that find their backbone by themselves."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import SWIN, VIT, Tiny, logits
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    SwinConfig,
+    SwinForMaskedImageModeling,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    pipeline,
+)
+
+from vpt_peft import (
+    AutoVPTModel,
+    AutoVPTModelForFeatureExtraction,
+    AutoVPTModelForImageClassification,
+    AutoVPTModelForMaskedImageModeling,
+    CheckpointError,
+    PromptConfig,
+    VPTModel,
+    get_vpt_model,
+)
+
+
+@pytest.fixture
+def trained(tiny: Tiny, tmp_path: Path) -> VPTModel:
+    """A prompted model whose backbone was loaded from a folder, as users load theirs."""
+    tiny.model.save_pretrained(tmp_path / "backbone")
+    tiny.model = AutoModelForImageClassification.from_pretrained(tmp_path / "backbone")
+    return tiny.prompted()
+
+
+def _bare(tiny: Tiny) -> Any:
+    """The same model without adapters."""
+    model = type(tiny.model)(tiny.model.config)
+    model.load_state_dict(tiny.model.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("auto", [AutoVPTModel, AutoVPTModelForImageClassification])
+def test_an_adapter_finds_its_backbone(trained: VPTModel, tiny: Tiny, tmp_path: Path, auto: Any) -> None:
+    trained.save_pretrained(tmp_path / "adapter")
+    vpt = auto.from_pretrained(tmp_path / "adapter")
+    assert type(vpt.get_base_model()) is type(tiny.model) and not vpt.training
+    assert torch.equal(logits(vpt, tiny.pixel_values), logits(trained, tiny.pixel_values))
+    half = auto.from_pretrained(tmp_path / "adapter", is_trainable=True, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.get_nb_trainable_parameters()[0] > 0
+
+
+def test_other_tasks_find_their_backbone(tmp_path: Path) -> None:
+    for build, config, auto in (
+        (ViTModel, ViTConfig(**VIT), AutoVPTModelForFeatureExtraction),
+        (SwinForMaskedImageModeling, SwinConfig(**SWIN, encoder_stride=8), AutoVPTModelForMaskedImageModeling),
+    ):
+        build(config).save_pretrained(tmp_path / "backbone")
+        get_vpt_model(build.from_pretrained(tmp_path / "backbone"), PromptConfig()).save_pretrained(
+            tmp_path / "adapter"
+        )
+        for loader in (auto, AutoVPTModel):
+            assert isinstance(loader.from_pretrained(tmp_path / "adapter").get_base_model(), build)
+        with pytest.raises(CheckpointError, match="loads adapters for IMAGE_CLASSIFICATION, got task_type="):
+            AutoVPTModelForImageClassification.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_without_a_named_backbone_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.prompted().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="Expected an adapter that names its backbone"):
+        AutoVPTModel.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="has no instances"):
+        AutoVPTModel()
+
+
+def test_another_revision_of_the_backbone_is_warned_about(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.model.config._commit_hash = "a" * 40
+    tiny.prompted().save_pretrained(tmp_path)
+    model = _bare(tiny)
+    model.config._commit_hash = "b" * 40
+    with pytest.warns(UserWarning, match="was trained on revision aaa.* has revision bbb"):
+        VPTModel.from_pretrained(model, tmp_path)
+
+
+def test_an_image_processor_is_saved_beside_and_pipelines_take_the_model(
+    trained: VPTModel, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = tiny.pixel_values.shape[-1]
+    processor = ViTImageProcessor(size={"height": size, "width": size})
+    trained.save_pretrained(tmp_path / "adapter", image_processor=processor)
+    try:
+        found = AutoImageProcessor.from_pretrained(tmp_path / "adapter")
+    except ImportError:
+        pytest.skip("AutoImageProcessor of this version of transformers needs torchvision")
+    assert found.size == {"height": size, "width": size}
+    image = Image.new("RGB", (50, 40), (200, 30, 120))
+    with caplog.at_level(logging.CRITICAL):
+        answers = pipeline("image-classification", model=trained.eval(), image_processor=found)(image, top_k=7)
+    expected = logits(trained, found(image, return_tensors="pt").pixel_values).softmax(-1)[0]
+    assert {answer["label"] for answer in answers} == set(trained.config.id2label.values())
+    assert answers[0]["score"] == pytest.approx(expected.max().item(), abs=1e-5)
