@@ -130,7 +130,7 @@ def test_the_benchmark_has_a_row_for_each_number_of_tasks(benchmark: Any) -> Non
 def test_the_benchmark_opens_only_the_files_of_adapters(benchmark: Any) -> None:
     _, report = benchmark
 
-    assert report["loading"]["files_opened"] == {"adapter_config.json": 10, "adapter_model.safetensors": 5}
+    assert report["loading"]["files_opened"] == {"adapter_config.json": 5, "adapter_model.safetensors": 5}
     assert report["loading"]["own_bytes"] == 4 * (2 * 3 * 32 + 33 * 100)
 
 

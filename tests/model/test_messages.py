@@ -69,7 +69,10 @@ def test_options_of_peft_are_not_given_to_the_backbone(name: str, saved: Path) -
     ("options", "message"),
     [
         ({"device_map": "auto"}, "takes no device_map, got 'auto'. It is an option of the backbone"),
-        ({"quantization_config": {"load_in_8bit": True}}, "It is an option of the backbone: pass it to the from_pretrained"),
+        (
+            {"quantization_config": {"load_in_8bit": True}},
+            "It is an option of the backbone: pass it to the from_pretrained",
+        ),
         ({"attn_implementation": "eager"}, "or to AutoVPTModel.from_pretrained"),
         ({"num_labels": 3}, "takes no num_labels, got 3. The adapter is loaded with its own labels"),
         ({"config": PromptConfig()}, "The config in the adapter's folder is used"),

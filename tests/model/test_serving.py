@@ -154,6 +154,53 @@ def test_serving_notices_a_weight_at_the_address_of_a_freed_one(vit: Tiny, tmp_p
             assert torch.equal(served, logits(other, vit.pixel_values)), factor
 
 
+class Wrapper(Tensor):
+    """A tensor that holds another one and has no memory of its own, as quantised weights."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        wrapper: Wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [one.inner if isinstance(one, Wrapper) else one for one in args]
+        result = function(*given, **(kwargs or {}))
+        return Wrapper(result) if function is torch.ops.aten.detach.default else result
+
+
+def test_serving_notices_that_a_weight_without_memory_of_its_own_is_replaced(vit: Tiny) -> None:
+    def wrap(weight: Tensor) -> nn.Parameter:
+        return nn.Parameter(Wrapper(weight.detach()), requires_grad=False)
+
+    projection = vit.model.vit.layers[0].attention.k_proj
+    weight, other = projection.weight, 2 * projection.weight
+    projection.weight = wrap(weight)
+    assert projection.weight.data_ptr() == wrap(other).data_ptr() == 0
+    vpt = vit.prompted()
+    with vpt.serving():
+        logits(vpt, vit.pixel_values)
+        projection.weight = wrap(other)
+        served = logits(vpt, vit.pixel_values)
+    assert torch.equal(served, logits(vpt, vit.pixel_values))
+
+
+def test_serving_notices_changes_of_weights_that_have_no_version(tiny: Tiny, new: Callable[[], Tiny]) -> None:
+    with torch.inference_mode():
+        inference = new()
+        vpt = inference.prompted()
+        weight = k_proj(vpt).weight
+        assert weight.is_inference()
+        with vpt.serving():
+            logits(vpt, tiny.pixel_values)
+            weight.mul_(2)
+            served = logits(vpt, tiny.pixel_values)
+        assert torch.equal(served, logits(vpt, tiny.pixel_values))
+
+
 OWNERS: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"bias": "all"}, "bias."),
     "norms": ({"modules_to_save": ["layernorm_before"]}, "modules_to_save."),

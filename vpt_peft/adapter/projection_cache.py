@@ -17,7 +17,7 @@ class ProjectionCache:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, list[Tensor], list[tuple[int, int]], list[Tensor]]] = {}
+        self._kept: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[int, int, int]], list[Tensor]]] = {}
 
     def get(
         self, layer: int, tokens: Tensor, modules: Sequence[nn.Module], compute: Callable[[], list[Tensor]]
@@ -31,11 +31,14 @@ class ProjectionCache:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(tokens.device.type):
             return compute()
         weights = [weight for module in modules for weight in _parameters(module)]
-        versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if any(weight.is_inference() for weight in weights):  # they have no version
+            return compute()
+        versions = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
         kept = self._kept.get(layer)
         if kept is None or kept[2] != versions or not _equal(kept[0], tokens):
-            # The views keep the weights' memory, so that no other tensor can get the same address.
-            kept = tokens.clone(), [weight.detach() for weight in weights], versions, compute()
+            # The weights and views are kept, so that no other tensor can get the same id or address. The address of
+            # a quantised weight is always 0.
+            kept = tokens.clone(), [(weight, weight.detach()) for weight in weights], versions, compute()
             self._kept[layer] = kept
         return kept[3]
 

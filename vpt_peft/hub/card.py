@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml  # type: ignore[import-untyped]  # a dependency of huggingface_hub
+from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..adapter import Adapter
@@ -90,20 +91,19 @@ def _read(path: Path) -> str:
 
 
 def _split(content: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text of a card. Fields in which the Hub expects strings become strings: YAML reads 2024 as a number,
-    and no, the code of Norwegian, as False."""
-    if not REGEX_YAML_BLOCK.search(content):
+    """Metadata and text of a card. Fields in which the Hub expects strings are those that are written there: YAML reads
+    2024 and 1.10 as numbers, and no, the code of Norwegian, as False."""
+    block = REGEX_YAML_BLOCK.search(content)
+    if block is None:
         return {}, content.strip()
-    card = ModelCard(content, ignore_metadata_errors=True)
-    data = card.data.to_dict()  # type: ignore[no-untyped-call]
-    data |= {name: _to_text(data[name]) for name in TEXT_FIELDS if data.get(name) is not None}
-    ModelCardData(**data)  # raises here what could not be written again
-    return data, card.text.strip()
+    values = yaml.safe_load(block[2]) or {}
+    texts = yaml.load(block[2], Loader=yaml.BaseLoader)  # all values as strings
+    values |= {name: _as_written(values[name], texts[name]) for name in TEXT_FIELDS if values.get(name) is not None}
+    data = ModelCardData(**values).to_dict()  # type: ignore[no-untyped-call]  # raises what could not be written again
+    return data, content[block.end() :].strip()
 
 
-def _to_text(value: Any) -> Any:
+def _as_written(value: Any, text: Any) -> Any:
     if isinstance(value, list):
-        return [_to_text(item) for item in value if item is not None]
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return value if isinstance(value, str | dict) else str(value)
+        return [_as_written(item, item_text) for item, item_text in zip(value, text, strict=True) if item is not None]
+    return value if isinstance(value, str | dict) else text

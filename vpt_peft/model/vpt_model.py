@@ -246,7 +246,7 @@ class VPTModel(PreTrainedAdapterModel):
         """A context in which keys and values of prompts are kept between calls, and computed again if they change.
 
         It speeds up calls without gradients, in eval mode and outside ``torch.compile`` and autocast. All results are
-        the same as without it.
+        the same as without it, unless weights of the frozen backbone are overwritten past torch's version counter.
         """
         entry = object()
         self._serving.append(entry)
