@@ -71,16 +71,13 @@ class ForwardOverride(ABC):
 
 
 class EntryOverride(ForwardOverride):
-    """Lets a forward pass enter the model and its encoder once. Further calls, from hooks of the user's in the same
-    pass, are direct calls of the bare backbone."""
+    """Lets a forward pass enter the model and its encoder once. Further calls in the same pass, made by hooks of the
+    user, are direct calls of the bare backbone."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = current_forward(self.backbone)
-        if context is None:
-            with activate(None):  # it may be called in the pass of another backbone
-                return self.forward(*args, **kwargs)
-        if self.module in context.entered:
-            with activate(None):
+        if context is None or self.module in context.entered:
+            with activate(None):  # the context may be that of another backbone's pass
                 return self.forward(*args, **kwargs)
         context.entered = (*context.entered, self.module)
         output = self.forward(*args, **kwargs)
