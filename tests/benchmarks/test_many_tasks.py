@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -151,8 +152,11 @@ def test_the_benchmarks_report_names_no_file_or_folder(benchmark: Any) -> None:
     assert str(ROOT) not in json.dumps(report)
 
 
-def test_the_benchmark_refuses_more_tasks_than_images(tmp_path: Path) -> None:
-    done = run("benchmarks/many_tasks.py", ["--batch", "4", "--tasks", "8"], tmp_path)
-
-    assert done.returncode == 2
-    assert "at most the 4 images of the batch, got 8" in done.stderr
+def test_the_benchmark_refuses_more_tasks_than_images(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["many_tasks.py", "--batch", "4", "--tasks", "8"])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(ROOT / "benchmarks" / "many_tasks.py"), run_name="__main__")
+    assert error.value.code == 2
+    assert "at most the 4 images of the batch, got 8" in capsys.readouterr().err

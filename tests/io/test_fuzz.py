@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from vpt_peft import PromptConfig, VPTError, VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
 
-EXAMPLES = int(os.environ.get("VPT_FUZZ_EXAMPLES", "150"))  # of each test
+EXAMPLES = int(os.environ.get("VPT_FUZZ_EXAMPLES", "100"))  # of each test
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_MESSAGE = 50_000  # characters; what a file contains can be longer
 SEALED = (

@@ -209,7 +209,9 @@ def test_gradient_checkpointing_changes_no_weight(tiny: Tiny, new: Any, trainer:
     assert_same(state(checkpointed), state(plain), 1e-6)
 
 
-@pytest.mark.parametrize("how", ["bf16", "compiled"])
+@pytest.mark.parametrize(
+    ("tiny", "how"), [("vit", "bf16"), ("swin", "bf16"), ("beit", "bf16"), ("vit", "compiled")], indirect=["tiny"]
+)
 def test_it_trains_in_bfloat16_and_compiled(tiny: Tiny, new: Any, trainer: Any, how: str) -> None:
     vpt = tiny.prompted()
     precisions = set()
