@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers.models import BUILDERS, logits
+from packaging.version import Version
 from torch._dynamo.utils import counters
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -37,6 +39,8 @@ def test_a_compiled_model_needs_no_eager_call_in_a_new_process() -> None:
 @pytest.mark.parametrize(("kind", "deep"), [("vit", True), ("vit", False), ("swin", True), ("beit", True)])
 def test_a_compiled_model_compiles_once_for_several_calls_and_threads(kind: str, deep: bool, backend: str) -> None:
     tiny = BUILDERS[kind]()
+    if kind == "beit" and Version(transformers.__version__) < Version("5.23"):
+        tiny.model.set_attn_implementation("eager")  # its mask for sdpa is boolean, and compiled a bias of 1
     vpt = tiny.prompted(deep=deep)
     compiled = torch.compile(vpt, fullgraph=True, backend=backend)
     counters.clear()

@@ -178,6 +178,20 @@ def test_a_damaged_fingerprint_is_an_error(load: Any, tmp_path: Path, damage: An
         VPTModel.from_pretrained(load(), tmp_path / "a")
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_backbone_with_values_that_are_not_finite_matches_itself_alone(tmp_path: Path, value: float) -> None:
+    def backbone(value: float) -> PreTrainedModel:
+        model = tiny_vit().model
+        nn.init.constant_(model.vit.layers[0].mlp.fc1.bias, value)
+        return model
+
+    get_vpt_model(backbone(value), CONFIG).save_pretrained(tmp_path)
+    VPTModel.from_pretrained(backbone(value), tmp_path)
+    for other in {0.0, 1.0, float("inf")} - {value}:
+        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.fc1\.bias"):
+            VPTModel.from_pretrained(backbone(other), tmp_path)
+
+
 def test_the_fingerprint_of_vit_b_takes_less_than_20_kb() -> None:
     from vpt_peft.backbones import find_backbone
     from vpt_peft.io import take_fingerprint

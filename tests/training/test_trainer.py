@@ -332,6 +332,8 @@ def test_a_push_while_training_is_a_whole_adapter_with_the_callback(
 def test_no_push_of_trainer_publishes_the_path_of_a_local_backbone(
     strategy: str, has_peft: bool, vit: Tiny, trainer: Any, hub: HubServer, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    if has_peft:
+        pytest.importorskip("peft")
     monkeypatch.setattr("transformers.trainer.is_peft_available", lambda: has_peft)
     vit.model.save_pretrained(tmp_path / "my backbone")
     vit.model = type(vit.model).from_pretrained(tmp_path / "my backbone")

@@ -99,6 +99,8 @@ def _split(content: str) -> tuple[dict[str, Any], str]:
     values = yaml.safe_load(block[2]) or {}
     texts = yaml.load(block[2], Loader=yaml.BaseLoader)  # all values as strings
     values |= {name: _as_written(values[name], texts[name]) for name in TEXT_FIELDS if values.get(name) is not None}
+    if isinstance(values.get("tags"), str):  # one tag may stand alone
+        values["tags"] = [values["tags"]]
     data = ModelCardData(**values).to_dict()  # type: ignore[no-untyped-call]  # raises what could not be written again
     return data, content[block.end() :].strip()
 

@@ -7,6 +7,7 @@ tolerance that lets half-precision and quantised copies of the same checkpoint p
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -204,9 +205,11 @@ def _precision(values: Tensor) -> str:
 
 
 def _is_close(values: tuple[float, ...], others: tuple[float, ...], tolerance: float) -> bool:
-    scale = max(values[0], others[0])
-    pairs = zip(values[1:], others[1:], strict=True)
-    return all(abs(one - other) <= tolerance * max(scale, abs(one)) + 1e-7 for one, other in pairs)
+    scale = max((value for value in (values[0], others[0]) if math.isfinite(value)), default=0.0)
+    return all(
+        abs(one - other) <= tolerance * max(scale, abs(one)) + 1e-7 if math.isfinite(one) else str(one) == str(other)
+        for one, other in zip(values[1:], others[1:], strict=True)
+    )
 
 
 def _format(values: tuple[float, ...]) -> str:

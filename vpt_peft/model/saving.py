@@ -203,7 +203,8 @@ def _checkpointed_adapter(directory: Path) -> str | None:
     """Name of the adapter that :func:`_write_trainer_file` has written; None if there is no such file."""
     try:
         with open_weights(directory / TRAINER_WEIGHTS) as weights:
-            return None if weights.config is None else weights.config.get("adapter")
+            name = (weights.config or {}).get("adapter")
+            return name if isinstance(name, str) else None
     except CheckpointError:
         return None
 
