@@ -92,6 +92,15 @@ def test_a_random_pooler_is_warned_about_and_not_mistaken_for_another(checkpoint
         AutoVPTModel.from_pretrained(tmp_path / "a")
 
 
+def test_a_warning_that_is_an_error_leaves_the_backbone_bare(checkpoint: Path) -> None:
+    model = ViTModel.from_pretrained(checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="were not in its checkpoint"):
+            get_vpt_model(model, CONFIG)
+    attach(model).unload()
+
+
 def test_a_part_that_is_saved_with_the_adapter_may_differ(checkpoint: Path, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     with warnings.catch_warnings():

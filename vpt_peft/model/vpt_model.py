@@ -60,8 +60,8 @@ class VPTModel(PreTrainedAdapterModel):
         check_adapter_name(adapter_name)
         backbone = find_bare_backbone(model)
         adapter = Adapter(hub.add_provenance(config, backbone), backbone)
+        warn_of_initialised_parts(backbone, adapter)  # before anything is changed: warnings may be errors
         self._build(backbone, io.take_fingerprint(backbone), adapter_name, adapter, training=model.training)
-        warn_of_initialised_parts(backbone, adapter)
 
     def _build(
         self, backbone: Backbone, fingerprint: io.Fingerprint, adapter_name: str, adapter: Adapter, training: bool
