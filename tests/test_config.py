@@ -31,6 +31,10 @@ BAD = [
     ({"revision": 3}, "revision must be a string or None, got 3."),
     ({"deep": False, "layers_to_transform": [2]}, "deep=False uses fresh prompts in layer 0 only"),
     ({"num_tokens": 0, "pooling": "prompt"}, "reads prompts, got num_tokens=0"),
+    ({"kind": "tokens"}, "kind must be one of 'token', 'prefix', got 'tokens'."),
+    ({"kind": "prefix", "deep": False}, 'kind="prefix" needs deep=True, got False: a prefix belongs to the attention'),
+    ({"kind": "prefix", "route": "tokens"}, "kind=\"prefix\" needs route='auto', got 'tokens': a prefix has keys"),
+    ({"kind": "prefix", "pooling": "global"}, 'has no outputs of prompts, which pooling="global" reads'),
 ]
 
 

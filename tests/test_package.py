@@ -67,6 +67,7 @@ LAYERS = [
     "vpt_peft.injection.context",
     "vpt_peft.adapter",
     "vpt_peft.adapter.adapter",
+    "vpt_peft.adapter.prefix",
     "vpt_peft.adapter.modules",
     "vpt_peft.adapter.dequantize",
     "vpt_peft.adapter.labels",

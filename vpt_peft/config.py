@@ -11,6 +11,7 @@ from .errors import ConfigError, safe_repr
 TASK_TYPES = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "FEATURE_EXTRACTION")
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
+    "kind": ("token", "prefix"),
     "init": ("uniform", "normal"),
     "pooling": ("default", "image", "prompt", "global"),
     "location": ("prepend",),
@@ -27,6 +28,9 @@ class PromptConfig:
 
     Args:
         num_tokens: prompt length p. 0 means no prompts: linear probing, or BitFit with ``bias="all"``.
+        kind: ``"token"``: prompts are tokens, as in the paper. ``"prefix"``: keys and values of each layer's attention,
+            learned directly and attended to apart from the image; values start at zero, so that training starts from
+            the pretrained model.
         deep: fresh prompts at every layer (VPT-Deep); ``False``: at layer 0 only (VPT-Shallow).
         layers_to_transform: indices of the layers with fresh prompts, from 0 (Swin's blocks are numbered across
             stages); ``None``: all layers if ``deep``, else layer 0.
@@ -52,6 +56,7 @@ class PromptConfig:
     """
 
     num_tokens: int = 10
+    kind: str = "token"
     deep: bool = True
     layers_to_transform: tuple[int, ...] | None = None
     carry: bool = True
@@ -102,8 +107,29 @@ class PromptConfig:
                 f"deep=False uses fresh prompts in layer 0 only, got layers_to_transform="
                 f"{list(self.layers_to_transform or ())}. Keep deep=True to choose layers."
             )
+        if self.kind == "prefix":
+            self._check_prefix()
         if self.num_tokens == 0 and self.pooling in ("prompt", "global"):
             raise ConfigError(f'pooling="{self.pooling}" reads prompts, got num_tokens=0. Use at least 1 token.')
+
+    def _check_prefix(self) -> None:
+        """Raises ConfigError for options of prompts that are tokens."""
+        reasons = {
+            "deep": (True, "a prefix belongs to the attention of one layer and does not flow on to the next"),
+            "route": ("auto", "a prefix has keys and values only"),
+            "location": ("prepend", "a prefix enters the attention of its layer"),
+        }
+        for name, (only, reason) in reasons.items():
+            if getattr(self, name) != only:
+                raise ConfigError(
+                    f'kind="prefix" needs {name}={only!r}, got {getattr(self, name)!r}: {reason}. '
+                    f'Leave {name} out, or use kind="token".'
+                )
+        if self.pooling in ("prompt", "global"):
+            raise ConfigError(
+                f'kind="prefix" has no outputs of prompts, which pooling="{self.pooling}" reads. '
+                'Use pooling="default" or "image", or kind="token".'
+            )
 
     def _freeze(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen: fields are normalised only in __post_init__

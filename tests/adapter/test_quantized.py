@@ -88,6 +88,25 @@ def test_prompts_train_on_a_quantised_backbone_and_come_back(quantizer: str, loa
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_prefix_starts_without_effect_on_a_quantised_backbone_and_trains(quantizer: str, load: Load) -> None:
+    tiny, model = tiny_vit(**SIZE), load(quantizer)
+    vpt = prompted(model, kind="prefix", bias="all")
+    keys = vpt.adapters["default"].prefix[0]["key"]
+    assert keys.dtype == torch.float32 and keys.abs().mean() > 0.01
+    without = get_vpt_model(load(quantizer), PromptConfig(num_tokens=0, bias="all"))
+    assert torch.equal(logits(vpt, tiny.pixel_values), logits(without, tiny.pixel_values))
+    optimizer_class, groups = adamw(vpt.train())
+    optimizer, losses = optimizer_class(**groups), []
+    for _ in range(6):
+        loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_gradients_are_those_of_a_dense_backbone_with_the_same_weights(quantizer: str, load: Load) -> None:
     tiny, found = tiny_vit(**SIZE), []
     same = dequantize(load(quantizer).train(), "model").eval()  # with the weights that are left after quantising

@@ -25,6 +25,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "modules": {"modules_to_save": ["layernorm"]},
     "bitfit": {"num_tokens": 0, "bias": "all"},
     "linear": {"num_tokens": 0},
+    "prefix": {"kind": "prefix"},
+    "prefix_projected": {"kind": "prefix", "shared": True, "projection_dim": 6},
+    "prefix_in_some_layers": {"kind": "prefix", "layers_to_transform": [1, 3], "pooling": "image"},
+    "prefix_and_biases": {"kind": "prefix", "bias": "all"},
 }
 
 
@@ -35,7 +39,9 @@ def on_backbones(configs: dict[str, dict[str, Any]], everywhere: tuple[str, ...]
     return pytest.mark.parametrize(("tiny", "config"), parameters, indirect=["tiny"])
 
 
-each_config = on_backbones(CONFIGS, ("deep", "shallow", "not_carried", "projected", "pools_all", "biases", "modules"))
+each_config = on_backbones(
+    CONFIGS, ("deep", "shallow", "not_carried", "projected", "pools_all", "biases", "modules", "prefix")
+)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

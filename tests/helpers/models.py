@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -46,7 +46,15 @@ class Tiny:
         """The model with fresh prompts, always the same ones, and far enough from zero to be seen."""
         torch.manual_seed(1)
         vpt = get_vpt_model(self.model, PromptConfig(num_tokens=num_tokens, **config))  # type: ignore[arg-type]
+        move(vpt.adapters["default"].prefix)
         return vpt
+
+
+def move(*modules: nn.Module) -> None:
+    """Adds noise to parameters that start at zero or as copies, as training does."""
+    with torch.no_grad():
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            parameter.add_(torch.randn_like(parameter))
 
 
 def tiny_vit(**config: object) -> Tiny:

@@ -22,7 +22,11 @@ from transformers import Trainer, TrainingArguments
 from helpers.models import BUILDERS, Tiny, gradients
 from vpt_peft import VPTModel, adamw, get_adapter_state_dict, set_adapter_state_dict
 
-CONFIGS: dict[str, dict[str, Any]] = {"deep": {}, "shallow": {"deep": False, "projection_dim": 6, "bias": "all"}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "deep": {},
+    "shallow": {"deep": False, "projection_dim": 6, "bias": "all"},
+    "prefix": {"kind": "prefix", "bias": "all"},
+}
 
 
 class Four(Dataset):  # type: ignore[type-arg]

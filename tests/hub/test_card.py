@@ -71,6 +71,8 @@ def test_a_card_says_what_the_adapter_is(tiny: Tiny, tmp_path: Path) -> None:
         ({"layers_to_transform": (0, 2)}, "VPT with fresh prompts in layers 0, 2, counted from 0"),
         ({"layers_to_transform": (0, 1, 2)}, "VPT with fresh prompts in layers 0 to 2, counted from 0"),
         ({"layers_to_transform": (0, 1, 2, 3)}, "VPT-Deep"),
+        ({"kind": "prefix"}, "VPT-Prefix"),
+        ({"kind": "prefix", "layers_to_transform": (0,)}, "VPT-Prefix in layer 0, counted from 0"),
         ({"num_tokens": 0}, "linear probing"),
         ({"num_tokens": 0, "bias": "all"}, "BitFit"),
     ],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,17 @@ def test_a_compiled_model_needs_no_eager_call_in_a_new_process() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("kind", "deep"), [("vit", True), ("vit", False), ("swin", True), ("beit", True)])
-def test_a_compiled_model_compiles_once_for_several_calls_and_threads(kind: str, deep: bool, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("vit", {}), ("vit", {"deep": False}), ("vit", {"kind": "prefix"}), ("swin", {}), ("beit", {})],
+)
+def test_a_compiled_model_compiles_once_for_several_calls_and_threads(
+    kind: str, config: dict[str, Any], backend: str
+) -> None:
     tiny = BUILDERS[kind]()
     if kind == "beit" and Version(transformers.__version__) < Version("5.23"):
         tiny.model.set_attn_implementation("eager")  # its mask for sdpa is boolean, and compiled a bias of 1
-    vpt = tiny.prompted(deep=deep)
+    vpt = tiny.prompted(**config)
     compiled = torch.compile(vpt, fullgraph=True, backend=backend)
     counters.clear()
     outputs = []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,8 @@ class Concatenated(nn.Module):
 
 
 @contextmanager
-def prompted(model: PreTrainedModel, num_tokens: int, route: str = "auto") -> Iterator[nn.Module]:
-    vpt = get_vpt_model(model, PromptConfig(num_tokens=num_tokens, route=route))
+def prompted(model: PreTrainedModel, num_tokens: int, **config: Any) -> Iterator[nn.Module]:
+    vpt = get_vpt_model(model, PromptConfig(num_tokens=num_tokens, **config))
     try:
         yield vpt
     finally:
@@ -200,6 +201,24 @@ def test_training_in_windows_needs_fewer_operations_than_the_tokens_route() -> N
     Ratio(ours.flops, tokens.flops).check(0.85)
 
 
+@cache
+def of_kind(kind: str, build: Callable[[], PreTrainedModel], num_tokens: int, training: bool, fused: bool) -> Cost:
+    with prompted(build(), num_tokens, kind=kind) as vpt:
+        return count(vpt.train(training), training=training, fused=fused)
+
+
+@pytest.mark.parametrize("num_tokens", [10, 50])
+@pytest.mark.parametrize("build", [vit_b16, swin_t])
+def test_a_prefix_costs_no_more_than_keys_and_values_of_prompts(
+    build: Callable[[], PreTrainedModel], num_tokens: int
+) -> None:
+    for training in (False, True):
+        prefix, prompts = (of_kind(kind, build, num_tokens, training, False) for kind in ("prefix", "token"))
+        Ratio(prefix.flops, prompts.flops).check(1.0)
+    prefix, prompts = (of_kind(kind, build, num_tokens, True, True) for kind in ("prefix", "token"))
+    Ratio(prefix.saved, prompts.saved).check(1.0)
+
+
 def test_the_adapter_in_a_checkpoint_of_vit_b_takes_less_than_5_mb(tmp_path: Path) -> None:
     with prompted(vit_b16(), 50) as vpt:
         vpt.save_pretrained(tmp_path, state_dict=None)  # as Trainer does
@@ -227,7 +246,7 @@ def test_the_speed_benchmark_fills_its_table(
         assert all(
             len(one[work]) == 2 for one in report["seconds"] for work in ("inference", "training") if work in one
         )
-    common = {"linear", "key_value", "tokens"}
+    common = {"linear", "key_value", "prefix", "tokens"}
     for row in (row for report in reports for row in report["rows"]):
         names = common | {"bare" if row["work"] == "inference" else "full"}
         names |= {"concatenated"} if row["backbone"] == "tiny-vit" else set()

@@ -22,8 +22,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pooled": {"pooling": "global"},
     "projected": {"projection_dim": 6},
     "biases": {"bias": "all"},
+    "prefix": {"kind": "prefix", "bias": "all"},
 }
-each_config = on_backbones(CONFIGS, ("deep", "shallow", "pooled"))
+each_config = on_backbones(CONFIGS, ("deep", "shallow", "pooled", "prefix"))
 
 
 def step(vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -114,7 +115,7 @@ def test_half_precision_backbones(tiny: Tiny, config: dict[str, Any], dtype: tor
     assert_near(half, expected)
 
 
-@on_backbones(CONFIGS, ("deep", "pooled"))
+@on_backbones(CONFIGS, ("deep", "pooled", "prefix"))
 def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change(
     tiny: Tiny, config: dict[str, Any]
 ) -> None:
@@ -143,8 +144,9 @@ def _compiled_step(compiled: Any, vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tens
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
 
 
-def test_the_default_compiler(vit: Tiny) -> None:
-    vpt = vit.prompted().train()
+@pytest.mark.parametrize("kind", ["token", "prefix"])
+def test_the_default_compiler(vit: Tiny, kind: str) -> None:
+    vpt = vit.prompted(kind=kind).train()
     loss, expected = _compiled_step(vpt, vpt, vit)
     compiled_loss, ours = _compiled_step(torch.compile(vpt, fullgraph=True, dynamic=False), vpt, vit)
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import Tiny
+from helpers.models import Tiny, move
 from helpers.tasks import TASKS
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
@@ -18,4 +18,6 @@ def many(tiny: Tiny) -> VPTModel:
     vpt = get_vpt_model(tiny.model, PromptConfig(**config), adapter_name=first)
     for name, (config, num_labels) in others:
         vpt.add_adapter(name, PromptConfig(**config), num_labels=num_labels)
+    for adapter in vpt.adapters.values():
+        move(adapter.prefix, adapter.bias)
     return vpt

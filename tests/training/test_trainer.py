@@ -279,6 +279,28 @@ def test_prompts_and_head_get_their_own_learning_rates(tiny: Tiny, trainer: Any)
     assert {got[name] for name in got if name.startswith("bias.")} == {(1e-3, 0.0)}
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"prefix": 3e-2, "bias": 3e-3, "head": 1e-2}),
+        ({"learning_rate": 1e-3}, {"prefix": 1e-3, "bias": 1e-3, "head": 1e-2}),
+        ({"bias_learning_rate": 1e-4, "head_learning_rate": None}, {"prefix": 3e-2, "bias": 1e-4, "head": 3e-3}),
+    ],
+)
+def test_each_kind_of_parameter_has_a_learning_rate_of_its_own(
+    vit: Tiny, given: dict[str, float], expected: dict[str, float]
+) -> None:
+    vpt = vit.prompted(kind="prefix", bias="all")
+    rates = {id(own): group["lr"] for group in parameter_groups(vpt, **given) for own in group["params"]}
+    adapter = vpt.adapters["default"]
+    assert {part: {rates[id(own)] for own in getattr(adapter, part).parameters()} for part in expected} == {
+        part: {rate} for part, rate in expected.items()
+    }
+    assert len(rates) == sum(own.requires_grad for own in vpt.parameters())
+    tokens = get_vpt_model(tiny_vit().model, PromptConfig())
+    assert {group["lr"] for group in parameter_groups(tokens)} == {3e-3, 1e-2}
+
+
 def test_a_whole_model_that_trains_has_a_head_too(tiny: Tiny) -> None:
     rates = {
         id(parameter): group["lr"]

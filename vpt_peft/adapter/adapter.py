@@ -17,6 +17,7 @@ from .dequantize import dequantize
 from .labels import get_labels, make_labels
 from .modules import ModuleTree, clone, copy_head, describe, find_biases, find_modules_to_save
 from .plan import plan_layers
+from .prefix import Prefix
 from .prompts import Prompts, make_projection
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Adapter(nn.Module):
         device: device of the new tensors; None: the backbone's.
 
     Attributes:
-        prompts: ``prompts.{layer}``.
+        prompts: ``prompts.{layer}``, prompts that are tokens.
+        prefix: ``prefix.{layer}.key`` and ``.value``, prompts that are keys and values.
         projection: ``projection.*``; None without ``projection_dim``.
         head: ``head.{path}.*``, the copies of the modules of the model's head.
         bias: ``bias.{path}``, the copies of the backbone's biases by the path of their module.
@@ -62,10 +64,15 @@ class Adapter(nn.Module):
         self.widths = backbone.widths
         _check_pooling(config, backbone)
         self.plan = plan_layers(config, len(backbone.layers), config.pooling in ("prompt", "global"))
-        fresh = {layer: self.widths[layer] for layer, plan in enumerate(self.plan) if plan and plan.fresh}
-        _check_shared(config, fresh)
-        self.prompts = Prompts(config, fresh, backbone.patch_size, device)
-        self.projection: Any = make_projection(config, fresh, device)
+        is_prefix = config.kind == "prefix"
+        fresh = [layer for layer, plan in enumerate(self.plan) if plan and plan.fresh]
+        widths = {layer: backbone.layers[layer].key_width if is_prefix else self.widths[layer] for layer in fresh}
+        _check_shared(config, widths)
+        self.prompts = Prompts(config, {} if is_prefix else widths, backbone.patch_size, device)
+        self.prefix = Prefix(config, widths if is_prefix else {}, backbone, device)
+        self.projection: Any = make_projection(config, widths, device)
+        several = len(set(widths.values())) > 1
+        self._width_keys = {layer: str(width) for layer, width in widths.items()} if several else {}
 
         labels = make_labels(backbone.model.config, labels or {})
         self.num_labels = len(labels["id2label"])
@@ -95,13 +102,33 @@ class Adapter(nn.Module):
         Returns:
             ``(1, num_tokens, width)``, or ``(num_images, num_tokens, width)`` with dropout.
         """
-        prompts = self.prompts[layer].unsqueeze(0)
-        if self.projection is not None:
-            by_width = isinstance(self.projection, nn.ModuleDict)
-            prompts = (self.projection[str(self.widths[layer])] if by_width else self.projection)(prompts)
+        return self._drop(self._project(layer, self.prompts[layer]), num_images)
+
+    def fresh_prefix(self, layer: int, num_images: int) -> Tensor:
+        """The keys and values of a layer's prefix, side by side.
+
+        Returns:
+            ``(1, num_tokens, 2 · num_heads · head_dim)``, or ``(num_images, ...)`` with dropout.
+        """
+        pair = self.prefix[layer]
+        parts = [self._project(layer, pair[part], part) for part in ("key", "value")]
+        return self._drop(torch.cat(parts, dim=-1), num_images)
+
+    def _project(self, layer: int, prompts: Tensor, part: str | None = None) -> Tensor:
+        """Prompts ``(num_tokens, dim)`` of a layer in its width."""
+        projection = self.projection
+        if projection is None:
+            return prompts
+        if self._width_keys:
+            projection = projection[self._width_keys[layer]]
+        projected: Tensor = (projection if part is None else projection[part])(prompts)
+        return projected
+
+    def _drop(self, prompts: Tensor, num_images: int) -> Tensor:
+        """Prompts ``(num_tokens, dim)`` as a batch, with dropout for each image while training."""
         if self.config.dropout and self.training:
-            prompts = nn.functional.dropout(prompts.expand(num_images, -1, -1), self.config.dropout)
-        return prompts
+            return nn.functional.dropout(prompts.expand(num_images, -1, -1), self.config.dropout)
+        return prompts.unsqueeze(0)
 
     def replacement(self, path: str) -> nn.Module | None:
         """The adapter's own copy of the module at a path of the model; None if it has none."""

@@ -15,7 +15,8 @@ class LayerPlan:
     Attributes:
         fresh: the layer has its own prompts; else its prompts are the outputs of the previous layer's.
         route: ``"key_value"``: only the keys and values of the prompts are computed; ``"tokens"``: the prompts are
-            computed like all other tokens, since their outputs are used.
+            computed like all other tokens, since their outputs are used; ``"prefix"``: keys and values are learned
+            directly, see ``kind`` in :class:`~vpt_peft.PromptConfig`.
     """
 
     fresh: bool
@@ -33,6 +34,8 @@ def plan_layers(config: PromptConfig, num_layers: int, pools_prompts: bool) -> t
         RouteError: ``route="key_value"``, but the outputs of prompts are used.
     """
     fresh = _fresh_layers(config, num_layers)
+    if config.kind == "prefix":
+        return tuple(LayerPlan(True, "prefix") if layer in fresh else None for layer in range(num_layers))
     present: list[bool] = []
     for layer in range(num_layers):
         carried = config.carry and layer > 0 and present[layer - 1]

@@ -20,6 +20,19 @@ def uniform_bound(patch_size: int, dim: int) -> float:
     return math.sqrt(6 / (3 * patch_size**2 + dim))
 
 
+def draw_prompts(prompts: Tensor, init: str, patch_size: int) -> Tensor:
+    """Overwrites prompts ``(..., dim)`` with initial values, and returns them.
+
+    Args:
+        init: ``"uniform"`` or ``"normal"``, as in :class:`~vpt_peft.PromptConfig`.
+        patch_size: side of the backbone's patches in pixels, see :func:`uniform_bound`.
+    """
+    if init == "normal":
+        return nn.init.normal_(prompts, std=0.02)
+    bound = uniform_bound(patch_size, prompts.shape[-1])
+    return nn.init.uniform_(prompts, -bound, bound)
+
+
 class Prompts(nn.Module):
     """One parameter of shape ``(num_tokens, dim)`` for each layer with fresh prompts, named by the layer's index.
 
@@ -37,22 +50,8 @@ class Prompts(nn.Module):
             shape = (config.num_tokens, config.projection_dim or widths[layer])
             self.register_parameter(str(layer), nn.Parameter(torch.empty(shape, device=device)))
         if device.type != "meta":
-            self.reset_parameters(config.init, patch_size)
-
-    @torch.no_grad()
-    def reset_parameters(self, init: str, patch_size: int) -> None:
-        """Draws initial values.
-
-        Args:
-            init: ``"uniform"`` or ``"normal"``, as in :class:`~vpt_peft.PromptConfig`.
-            patch_size: side of the backbone's patches in pixels.
-        """
-        for prompts in self.parameters():
-            if init == "uniform":
-                bound = uniform_bound(patch_size, prompts.shape[-1])
-                nn.init.uniform_(prompts, -bound, bound)
-            else:
-                nn.init.normal_(prompts, std=0.02)
+            for prompts in self.parameters():
+                draw_prompts(prompts, config.init, patch_size)
 
     def __getitem__(self, layer: int) -> Tensor:
         """The prompts of a layer, ``(num_tokens, dim)``."""
@@ -61,22 +60,29 @@ class Prompts(nn.Module):
 
 
 def make_projection(config: PromptConfig, widths: Mapping[int, int], device: torch.device) -> nn.Module | None:
-    """Linear layers from ``projection_dim`` to the widths of the layers.
+    """Projection from ``projection_dim`` to the widths of the layers.
 
     Args:
         widths: ``{layer: width}`` of the layers with fresh prompts.
 
     Returns:
-        One linear layer, or an ``nn.ModuleDict`` of them by width if there are several widths; None without
-        ``projection_dim``.
+        A linear layer or, for a prefix, an ``nn.ModuleDict`` of one for ``key`` and one for ``value``; if there are
+        several widths, an ``nn.ModuleDict`` of those by width. None without ``projection_dim``.
     """
     if not config.projection_dim or not widths:
         return None
-    layers = {
-        str(width): nn.Linear(config.projection_dim, width, device=device) for width in sorted(set(widths.values()))
-    }
-    if device.type != "meta":
-        for linear in layers.values():
+
+    def make(width: int) -> nn.Module:
+        if config.kind == "prefix":
+            return nn.ModuleDict({"key": make_linear(width), "value": make_linear(width)})
+        return make_linear(width)
+
+    def make_linear(width: int) -> nn.Linear:
+        linear = nn.Linear(config.projection_dim or width, width, device=device)
+        if device.type != "meta":
             nn.init.kaiming_normal_(linear.weight, mode="fan_out")
             nn.init.zeros_(linear.bias)
-    return nn.ModuleDict(layers) if len(layers) > 1 else next(iter(layers.values()))
+        return linear
+
+    projections = {str(width): make(width) for width in sorted(set(widths.values()))}
+    return nn.ModuleDict(projections) if len(projections) > 1 else next(iter(projections.values()))

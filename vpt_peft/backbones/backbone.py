@@ -45,6 +45,11 @@ class Layer:
         """Width of its tokens."""
         return int(self.part("norm").weight.shape[0])
 
+    @property
+    def key_width(self) -> int:
+        """Width of the keys and values of all heads, ``num_heads · head_dim``."""
+        return int(self.part("k_proj").out_features)
+
     def to_layer(self, tokens: Tensor) -> Tensor:
         """Tokens on this layer's device and in its precision."""
         weight = self.part("norm").weight

@@ -171,13 +171,14 @@ def _variant(adapter: Adapter) -> str:
     if adapter.config.num_tokens == 0:
         return "BitFit" if adapter.config.bias == "all" else "linear probing"
     fresh = [layer for layer, plan in enumerate(adapter.plan) if plan is not None and plan.fresh]
-    if fresh == [0] and adapter.config.carry:
+    is_prefix = adapter.config.kind == "prefix"
+    if fresh == [0] and adapter.config.carry and not is_prefix:
         return "VPT-Shallow"
     if len(fresh) == len(adapter.plan):
-        return "VPT-Deep"
+        return "VPT-Prefix" if is_prefix else "VPT-Deep"
     in_a_row = len(fresh) > 2 and fresh == list(range(fresh[0], fresh[-1] + 1))
     layers = f"{fresh[0]} to {fresh[-1]}" if in_a_row else ", ".join(map(str, fresh))
-    return f"VPT with fresh prompts in layer{'s' if len(fresh) > 1 else ''} {layers}, counted from 0"
+    return f"{'VPT-Prefix' if is_prefix else 'VPT with fresh prompts'} in layer{'s' if len(fresh) > 1 else ''} {layers}, counted from 0"
 
 
 def _backbone(adapter: Adapter) -> str:

@@ -19,6 +19,12 @@ Both routes give image tokens the same output:
 
 In Swin every window of an image attends to its prompts, and ``A_P`` is the mean over the windows.
 
+A prefix (``kind="prefix"``) is keys ``K`` and values ``V``, each ``(p, num_heads · head_dim)``, that are learned
+directly and have a softmax of their own, so that attention to the image stays as it is (zero-initialised attention,
+Zhang et al., LLaMA-Adapter, 2023; cross-attention to prompts, Huang et al., CVPT, 2024):
+
+    A_E = softmax(q_E k_E^T / sqrt(head_dim)) v_E + softmax(q_E K^T / sqrt(head_dim)) V
+
 The prompts are kept beside the image tokens, not among them, so that the shapes of hidden states stay the backbone's.
 The attention module looks up its implementation by name in ``module.config``; :class:`AttentionOverride` puts
 :func:`prompt_attention` in its place, which appends the prompts and calls the implementation that the user has set.
@@ -28,18 +34,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..backbones import Layer
-from .context import LayerContext, current_layer
+from .context import LayerContext, activate_alone, current_layer
 from .masks import pad_mask
 from .overrides import AttributeProxy
-from .prompt_batch import LayerPrompts, PromptBatch, batch_prompts, gather_prompts
+from .prompt_batch import LayerPrompts, PromptBatch, batch_prompts, gather_prefixes, gather_prompts
 
 NAME = "vpt_peft"
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class AttentionOverride:
@@ -64,11 +73,9 @@ class AttentionOverride:
         self.module.config = self.config
 
     @property
-    def attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(self) -> Attention:
         """The attention function that the user has set."""
-        function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.eager
-        )
+        function: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         return function
 
 
@@ -87,35 +94,56 @@ def prompt_attention(
         image's queries, if the implementation returns them, with the prompts as the last keys.
     """
     override: AttentionOverride = module.config.override  # type: ignore[union-attr, assignment]
-    attend, bare_module = override.attend, override.bare_module
+    attend = partial(override.attend, override.bare_module)
     context = current_layer()
-    prompts = gather_prompts(context) if context is not None else []
-    num_tokens = query.shape[2]
-    if isinstance(attention_mask, Tensor) and attention_mask.shape[-1] != num_tokens:
-        prompts = []  # Swin on an image smaller than its window: the backbone's own code raises the error
-    if not prompts or context is None:
-        return attend(bare_module, query, key, value, attention_mask, **kwargs)
+    # Swin on an image smaller than its window: the backbone's own code raises the error
+    fits = not isinstance(attention_mask, Tensor) or attention_mask.shape[-1] == query.shape[2]
+    if context is None or not fits or not context.forward.has_prompts(context.layer.index):
+        return attend(query, key, value, attention_mask, **kwargs)
 
     context.attention_ran = True
-    layer, num_images = context.layer, context.forward.num_images
+    prompts = gather_prompts(context)
+    prefixes = gather_prefixes(context, query.device)
+    if prompts:
+        output, weights = attend_to_tokens(context, prompts, attend, query, key, value, attention_mask, **kwargs)
+    else:
+        output, weights = attend(query, key, value, attention_mask, **kwargs)
+    if prefixes:
+        output = attend_to_prefixes(output, query, prefixes, context.forward.num_images, kwargs.get("scaling"))
+    return output, weights
+
+
+def attend_to_tokens(
+    context: LayerContext,
+    prompts: Sequence[LayerPrompts],
+    attend: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in which prompts are tokens, by either route; see :func:`prompt_attention`."""
+    num_images, num_tokens = context.forward.num_images, query.shape[2]
     batch = batch_prompts(prompts, num_images)
     needs_output = any(own.needs_output for own in prompts)
     mask = pad_mask(attention_mask, query, batch.num_tokens, needs_output, batch.valid_mask)
-    projections = project_prompts(layer, ("k_proj", "v_proj", *(["q_proj"] if needs_output else [])), batch, prompts)
+    names = ("k_proj", "v_proj", "q_proj") if needs_output else ("k_proj", "v_proj")
+    projections = project_prompts(context, names, batch, prompts)
     key = batch.append(key, projections[0], num_images)
     value = batch.append(value, projections[1], num_images)
     if not needs_output:
-        return attend(bare_module, query, key, value, mask, **kwargs)
+        return attend(query, key, value, mask, **kwargs)
 
     query = batch.append(query, projections[2], num_images)
-    output, weights = attend(bare_module, query, key, value, mask, **kwargs)
+    output, weights = attend(query, key, value, mask, **kwargs)
     prompt_output = output[:, num_tokens:].flatten(2).unflatten(0, (num_images, -1)).mean(1)
     finish_prompts(context, prompts, prompt_output)
     return output[:, :num_tokens], weights if weights is None else weights[:, :, :num_tokens]
 
 
 def project_prompts(
-    layer: Layer, names: Sequence[str], batch: PromptBatch, prompts: Sequence[LayerPrompts]
+    context: LayerContext, names: Sequence[str], batch: PromptBatch, prompts: Sequence[LayerPrompts]
 ) -> list[Tensor]:
     """Keys, values and queries of the prompts.
 
@@ -125,16 +153,23 @@ def project_prompts(
     Returns:
         One tensor ``(1 or num_images, total, num_heads · head_dim)`` for each name.
     """
+    layer = context.layer
     norm, projections = layer.part("norm"), [layer.part(name) for name in names]
 
-    def compute() -> list[Tensor]:
-        normalized = norm(batch.tokens)
+    def compute(tokens: Tensor) -> list[Tensor]:
+        normalized = norm(tokens)
         return [projection(normalized) for projection in projections]
 
+    if context.forward.mixes_biases:
+        parts = []
+        for own in prompts:
+            with activate_alone(context.forward, own.batch):
+                parts.append(compute(own.tokens.reshape(1, -1, own.tokens.shape[-1])))
+        return [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
     cache = prompts[0].batch.cache
     if cache is None or not prompts[0].fresh:
-        return compute()
-    return cache.get(layer.index, batch.tokens, (norm, *projections), compute)
+        return compute(batch.tokens)
+    return cache.get(layer.index, batch.tokens, (norm, *projections), partial(compute, batch.tokens))
 
 
 def finish_prompts(context: LayerContext, prompts: Sequence[LayerPrompts], attention_output: Tensor) -> None:
@@ -147,7 +182,64 @@ def finish_prompts(context: LayerContext, prompts: Sequence[LayerPrompts], atten
     for own in prompts:
         if own.needs_output:
             attended = own.batch.select(attention_output)[:, : own.tokens.shape[1]]
-            context.prompts_out[own.index] = layer.finish(own.tokens, layer.part("o_proj")(attended))
+            with activate_alone(context.forward, own.batch):
+                context.prompts_out[own.index] = layer.finish(own.tokens, layer.part("o_proj")(attended))
+
+
+def attend_to_prefixes(
+    output: Tensor, query: Tensor, prefixes: Sequence[LayerPrompts], num_images: int, scaling: float | None
+) -> Tensor:
+    """Adds the attention to prefixes to the attention to the image.
+
+    Args:
+        output: of the attention to the image, ``(num_images · num_windows, num_tokens, num_heads, head_dim)``.
+        query: ``(num_images · num_windows, num_heads, num_tokens, head_dim)``, as the attention to the image uses it.
+        scaling: factor of the products of queries and keys; None: ``head_dim ** -0.5``.
+    """
+    batch = batch_prompts(prefixes, num_images)
+    key, value = (batch.split_heads(part, query) for part in batch.tokens.chunk(2, dim=-1))
+    valid_mask = batch.valid_mask
+    if valid_mask is not None:  # images without a prefix attend to zeros
+        value = value * valid_mask[:, None, :, None]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    by_image = query.transpose(1, 2).reshape(len(key), -1, *query.shape[1::2]).transpose(1, 2)
+    added: Tensor = PrefixAttention.apply(by_image, key * scaling, value, valid_mask)  # type: ignore[no-untyped-call]
+    return output + added.transpose(1, 2).reshape(output.shape)
+
+
+class PrefixAttention(torch.autograd.Function):
+    """``softmax(query key^T) value``, without keeping the softmax for the backward pass, which is cheap to repeat.
+
+    The scores are laid out as ``(num_keys, num_queries)``: there are many queries and few keys, and on a CPU the
+    softmax is several times faster over the rows of a matrix than over its columns.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, valid_mask: Tensor | None) -> Tensor:
+        """
+        Args:
+            query: ``(num_images, num_heads, num_queries, head_dim)``.
+            key, value: ``(num_images, num_heads, num_keys, head_dim)``.
+            valid_mask: ``(num_images, num_keys)``, False for padding; None: there is none.
+        """
+        ctx.save_for_backward(query, key, value, valid_mask)
+        return PrefixAttention.probabilities(query, key, valid_mask).transpose(-1, -2) @ value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, valid_mask = ctx.saved_tensors
+        probabilities = PrefixAttention.probabilities(query, key, valid_mask)
+        of_probabilities = value @ gradient.transpose(-1, -2)
+        of_scores = probabilities * (of_probabilities - (probabilities * of_probabilities).sum(-2, keepdim=True))
+        return of_scores.transpose(-1, -2) @ key, of_scores @ query, probabilities @ gradient, None
+
+    @staticmethod
+    def probabilities(query: Tensor, key: Tensor, valid_mask: Tensor | None) -> Tensor:
+        """``(num_images, num_heads, num_keys, num_queries)``."""
+        scores = key @ query.transpose(-1, -2)
+        if valid_mask is not None:
+            scores = scores.masked_fill(~valid_mask[:, None, :, None], torch.finfo(scores.dtype).min)
+        return scores.softmax(-2)
 
 
 # At import, so that a pickled model finds the implementation when it is loaded in another process.

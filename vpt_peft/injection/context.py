@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,17 @@ class ForwardContext:
         """Whether any image has prompts in a layer."""
         return any(batch.plan(layer) is not None for batch in self.batches)
 
+    @property
+    def mixes_biases(self) -> bool:
+        """Whether images of a mixed batch have different biases."""
+        return len(self.batches) > 1 and any(batch.adapter and batch.adapter.bias.paths for batch in self.batches)
+
+    @property
+    def batch_of_image(self) -> list[int]:
+        """For each image of a mixed batch, the index of the part that it belongs to."""
+        part = {row: index for index, batch in enumerate(self.batches) for row in batch.rows or ()}
+        return [part[row] for row in range(self.num_images)]
+
 
 @dataclass(eq=False)
 class LayerContext:
@@ -121,6 +132,17 @@ def activate(context: ForwardContext | LayerContext | None) -> Iterator[None]:
         yield
     finally:
         _current.context = previous
+
+
+@contextmanager
+def activate_alone(forward: ForwardContext, batch: AdapterBatch) -> Iterator[None]:
+    """Makes one part of a mixed batch the whole of it, for modules that are applied to the prompts of its adapter or to
+    its images only: in :class:`~.overrides.ModuleOverride`, each image has the biases of its own adapter."""
+    if batch.rows is None:
+        yield
+    else:
+        with activate(replace(forward, batches=[replace(batch, rows=None)], num_images=len(batch.rows))):
+            yield
 
 
 def current_forward(backbone: Backbone) -> ForwardContext | None:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..backbones import Backbone, Layer
 from ..errors import RouteError
-from .context import ForwardContext, LayerContext, activate, current_forward
+from .context import ForwardContext, LayerContext, activate, activate_alone, current_forward
 from .overrides import ForwardOverride, identity
 
 
@@ -93,9 +93,12 @@ class PatchMergingHook:
 
     def __call__(self, module: Any, _: Any) -> None:
         forward = current_forward(self.backbone)
-        for batch in forward.batches if forward is not None else ():
+        if forward is None:
+            return
+        for batch in forward.batches:
             if batch.prompts is not None:
-                batch.prompts = module.reduction(module.norm(batch.prompts.repeat(1, 1, 4)))
+                with activate_alone(forward, batch):
+                    batch.prompts = module.reduction(module.norm(batch.prompts.repeat(1, 1, 4)))
 
     def __reduce__(self) -> Any:
         return identity, (_no_hook,)

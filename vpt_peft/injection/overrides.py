@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..adapter import is_quantized
 from ..backbones import Backbone
-from .context import AdapterBatch, ForwardContext, activate, current_forward
+from ..errors import RouteError
+from .context import AdapterBatch, ForwardContext, activate, activate_alone, current_forward
 
 
 class AttributeProxy:
@@ -87,7 +89,10 @@ class EntryOverride(ForwardOverride):
 
 
 class ModuleOverride(ForwardOverride):
-    """Uses an adapter's copy of a module, or of its bias. Adapters with such copies are never mixed in a batch."""
+    """Uses an adapter's copy of a module, or of its bias.
+
+    In a mixed batch, each image gets the bias of its own adapter; adapters with copies of modules are never mixed.
+    """
 
     def __init__(self, backbone: Backbone, path: str) -> None:
         super().__init__(backbone, backbone.model.get_submodule(path))
@@ -95,6 +100,8 @@ class ModuleOverride(ForwardOverride):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = current_forward(self.backbone)
+        if context is not None and len(context.batches) > 1:
+            return self._call_mixed(context, *args, **kwargs)
         adapter = context.batches[0].adapter if context is not None else None
         if adapter is None:
             return self.forward(*args, **kwargs)
@@ -110,7 +117,28 @@ class ModuleOverride(ForwardOverride):
             bias = bias.to(weight.dtype)
         if is_quantized(self.module):
             bias = bias.clone()  # bitsandbytes overwrites the data of the bias that it is given
+        return self._call_with_bias(bias, *args, **kwargs)
+
+    def _call_with_bias(self, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(AttributeProxy(self.module, bias=bias), *args, **kwargs)
+
+    def _call_mixed(self, context: ForwardContext, *args: Any, **kwargs: Any) -> Any:
+        """Computes the output without bias, and adds to each image, or each of its windows, the bias of its adapter."""
+        own = [None if batch.adapter is None else batch.adapter.bias.find(self.path) for batch in context.batches]
+        if all(bias is None for bias in own):
+            return self.forward(*args, **kwargs)
+        if not isinstance(self.module, nn.Linear | nn.LayerNorm | _ConvNd):
+            raise RouteError(
+                "Adapters with bias='all' can be mixed if all biases belong to linear layers, layer norms and "
+                f"convolutions, got {type(self.module).__name__} at '{self.path}'. Call the model once for each one."
+            )
+        output = self._call_with_bias(None, *args, **kwargs)
+        bare: Tensor = self.module.bias  # type: ignore[assignment]
+        biases = torch.stack([(bare if bias is None else bias).to(output) for bias in own])
+        by_image = biases[context.batch_of_image].repeat_interleave(len(output) // context.num_images, dim=0)
+        channels_first = isinstance(self.module, _ConvNd)
+        ones = [1] * (output.ndim - 2)
+        return output + by_image.view(len(output), *([-1, *ones] if channels_first else [*ones, -1]))
 
 
 class HeadOverride(ForwardOverride):
@@ -147,13 +175,14 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
     assert context.last_hidden_state is not None  # the encoder runs before the head
     image = batch.select(context.last_hidden_state)[:, backbone.architecture.num_prefix_tokens :]
     norm = backbone.pooled_norm or nn.Identity()
-    if batch.pooling == "image":
-        return norm(image.mean(1))
-    assert batch.prompts is not None  # the plan makes sure of it
-    prompts = backbone.final_norm(batch.prompts)
-    if batch.pooling == "prompt":
-        return norm(prompts.mean(1))
-    return norm(torch.cat([image, prompts], dim=1).mean(1))
+    with activate_alone(context, batch):
+        if batch.pooling == "image":
+            return norm(image.mean(1))
+        assert batch.prompts is not None  # the plan makes sure of it
+        prompts = backbone.final_norm(batch.prompts)
+        if batch.pooling == "prompt":
+            return norm(prompts.mean(1))
+        return norm(torch.cat([image, prompts], dim=1).mean(1))
 
 
 def merge_outputs(outputs: Sequence[Any], context: ForwardContext) -> Any:

@@ -18,7 +18,7 @@ class LayerPrompts:
     Attributes:
         index: index of the adapter's batch in the forward pass.
         batch: that batch.
-        tokens: ``(1 or images of the adapter, p, width)``.
+        tokens: ``(1 or images of the adapter, p, width)``; of a prefix, its keys and values side by side.
         fresh: they are the layer's own, not outputs of the previous layer.
         needs_output: their outputs are computed.
     """
@@ -59,9 +59,7 @@ class PromptBatch:
         Returns:
             ``(num_images · num_windows, num_heads, num_tokens + p, head_dim)``.
         """
-        heads = prompts.to(image.dtype).unflatten(-1, (-1, image.shape[-1])).transpose(1, 2)
-        if self.prompt_index is not None:
-            heads = heads[0][:, self.prompt_index].transpose(0, 1)
+        heads = self.split_heads(prompts, image)
         num_rows = image.shape[0]
         if heads.shape[0] in (1, num_rows):
             return torch.cat([image, heads.expand(num_rows, -1, -1, -1)], dim=2)
@@ -69,14 +67,40 @@ class PromptBatch:
         heads = heads.unsqueeze(1).expand(-1, windows.shape[1], -1, -1, -1)
         return torch.cat([windows, heads], dim=3).flatten(0, 1)
 
+    def split_heads(self, prompts: Tensor, image: Tensor) -> Tensor:
+        """Queries, keys or values of the prompts of each image, by head.
+
+        Args:
+            image: queries, keys or values of the image, ``(..., head_dim)``.
+            prompts: ``(1 or num_images, total, num_heads · head_dim)``, of :attr:`tokens`.
+
+        Returns:
+            ``(1 or num_images, num_heads, p, head_dim)``.
+        """
+        heads = prompts.to(image.dtype).unflatten(-1, (-1, image.shape[-1])).transpose(1, 2)
+        return heads if self.prompt_index is None else heads[0][:, self.prompt_index].transpose(0, 1)
+
+
+def gather_prefixes(context: LayerContext, device: torch.device) -> list[LayerPrompts]:
+    """The prefixes that the adapters have in a layer, on its device."""
+    gathered = []
+    layer, forward = context.layer.index, context.forward
+    for index, batch in enumerate(forward.batches):
+        plan = batch.plan(layer)
+        if plan is not None and plan.route == "prefix" and batch.adapter is not None:
+            num_images = forward.num_images if batch.rows is None else len(batch.rows)
+            prefix = batch.adapter.fresh_prefix(layer, num_images).to(device)
+            gathered.append(LayerPrompts(index, batch, prefix, fresh=True, needs_output=False))
+    return gathered
+
 
 def gather_prompts(context: LayerContext) -> list[LayerPrompts]:
-    """The prompts that the adapters have in a layer."""
+    """The prompts that the adapters have as tokens of a layer."""
     gathered = []
     layer, forward = context.layer, context.forward
     for index, (batch, prompts_in) in enumerate(zip(forward.batches, context.prompts_in, strict=True)):
         plan = batch.plan(layer.index)
-        if plan is None or batch.adapter is None:
+        if plan is None or plan.route == "prefix" or batch.adapter is None:
             continue
         num_images = forward.num_images if batch.rows is None else len(batch.rows)
         tokens = batch.adapter.fresh_prompts(layer.index, num_images) if plan.fresh else prompts_in

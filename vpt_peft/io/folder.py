@@ -34,8 +34,8 @@ MAX_CONFIG_BYTES = 8 * 2**20
 MAX_LISTED = 20
 # Fields that define the function of an adapter; they may be edited only together with the weights.
 SEALED = (
-    "num_tokens", "deep", "layers_to_transform", "carry", "shared", "projection_dim", "pooling", "location", "bias",
-    "modules_to_save", "model_type", "widths",
+    "num_tokens", "kind", "deep", "layers_to_transform", "carry", "shared", "projection_dim", "pooling", "location",
+    "bias", "modules_to_save", "model_type", "widths",
 )  # fmt: skip
 
 

@@ -24,17 +24,17 @@ def mix_adapters(adapters: Mapping[str, Adapter], names: Sequence[str], num_imag
 
     Raises:
         AdapterError: a name is unknown, their number differs from that of the images, or an adapter with copies of
-            parts of the backbone is mixed with others.
+            modules of the backbone is mixed with others.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != num_images:
         got = f"{len(names)} names" if isinstance(names, list | tuple) else repr(names)
         raise AdapterError(f"adapter_names must be a list of one name for each of the {num_images} images, got {got}.")
     check_adapters_exist(adapters, [name for name in names if name != BASE])
     distinct = list(dict.fromkeys(names))
-    owners = [name for name in distinct if name != BASE and adapters[name].owns_backbone_parts]
+    owners = [name for name in distinct if name != BASE and adapters[name].modules_to_save.paths]
     if owners and len(distinct) > 1:
         raise AdapterError(
-            f"The adapters {', '.join(owners)} have copies of parts of the backbone (bias or modules_to_save), so they "
+            f"The adapters {', '.join(owners)} have copies of modules of the backbone (modules_to_save), so they "
             f"cannot be mixed with {', '.join(name for name in distinct if name != owners[0])}. "
             "Call the model once for each of them."
         )

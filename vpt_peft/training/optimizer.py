@@ -1,8 +1,7 @@
-"""Optimizers with a separate learning rate for the head."""
+"""Optimizers with a learning rate for each kind of parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -13,55 +12,69 @@ from ..backbones import find_backbone
 from ..errors import AdapterError, UnsupportedModelError, safe_repr
 from ..model import VPTModel
 
+LEARNING_RATE = 3e-3
+PREFIX_LEARNING_RATE = 3e-2
+
 
 def parameter_groups(
     model: nn.Module,
-    learning_rate: float = 3e-3,
+    learning_rate: float | None = None,
     head_learning_rate: float | None = 1e-2,
     weight_decay: float = 0.01,
+    bias_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The parameters that train, in groups for any optimizer of torch: the head, and all others.
+    """The parameters that train, in groups for any optimizer of torch, with a learning rate for each kind.
 
     Args:
         model: a :class:`~vpt_peft.VPTModel`, wrapped or not, whose active adapter trains; or a supported model of
             ``transformers``, all of which trains.
-        learning_rate: of prompts and all other parameters but the head.
-        head_learning_rate: of the head; None: ``learning_rate``.
+        learning_rate: of all parameters but those of the following; None: 0.03 for a prefix, 0.003 for all others.
+        head_learning_rate: of the head; None: that of the others.
         weight_decay: of matrices; parameters of one dimension (biases and norms) have none.
+        bias_learning_rate: of the biases of an adapter with ``bias="all"``; None: that of the others.
 
     Returns:
-        Up to four groups, each with ``params``, ``lr`` and ``weight_decay``; none is empty.
+        Groups with ``params``, ``lr`` and ``weight_decay``, one for each pair of rate and weight decay that occurs.
 
     Raises:
         AdapterError: a value is out of range, no parameter trains, or the model's head is unknown.
     """
-    head_learning_rate = learning_rate if head_learning_rate is None else head_learning_rate
-    values = {"learning_rate": learning_rate, "head_learning_rate": head_learning_rate, "weight_decay": weight_decay}
-    for name, value in values.items():
+    rates = {
+        "learning_rate": learning_rate,
+        "head_learning_rate": head_learning_rate,
+        "bias_learning_rate": bias_learning_rate,
+    }
+    for name, value in {**rates, "weight_decay": weight_decay}.items():
+        if value is None and name != "weight_decay":
+            continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise AdapterError(f"{name} must be a number of at least 0, got {safe_repr(value)}.")
-    head = {id(parameter) for parameter in _head_parameters(model)}
-    if not head and head_learning_rate != learning_rate and not find_vpt_models(model):
+    parts = _parts_of_parameters(model)
+    if "head" not in parts.values() and head_learning_rate not in (None, learning_rate) and not find_vpt_models(model):
         raise AdapterError(
             f"head_learning_rate needs a VPTModel or a supported backbone, got {type(model).__name__}, whose head is "
             "unknown. Set it to None."
         )
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+
+    def rate(parameter: nn.Parameter) -> float:
+        part = parts.get(id(parameter))
+        own = rates.get(f"{part}_learning_rate")
+        if own is None:
+            own = learning_rate
+        if own is None:
+            own = PREFIX_LEARNING_RATE if part == "prefix" else LEARNING_RATE
+        return own
+
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in head, parameter.ndim > 1), []).append(parameter)
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate(parameter), decay), []).append(parameter)
     if not groups:
         raise AdapterError(
             "No parameter of the model trains. Load the adapter with is_trainable=True, or add a new one."
         )
-    return [
-        {
-            "params": parameters,
-            "lr": head_learning_rate if of_head else learning_rate,
-            "weight_decay": weight_decay if is_matrix else 0.0,
-        }
-        for (of_head, is_matrix), parameters in groups.items()
-    ]
+    return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
 
 
 def find_vpt_models(model: nn.Module) -> list[VPTModel]:
@@ -69,14 +82,21 @@ def find_vpt_models(model: nn.Module) -> list[VPTModel]:
     return [module for module in model.modules() if isinstance(module, VPTModel)]
 
 
-def _head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+def _parts_of_parameters(model: nn.Module) -> dict[int, str]:
+    """``{id of a parameter: part of the adapter that it belongs to}``, such as "prefix", "bias" or "head"; of a bare
+    model, only the head."""
     adapted = find_vpt_models(model)
-    for vpt in adapted:
-        yield from vpt._active.head_parameters()
+    parts = {
+        id(parameter): part
+        for vpt in adapted
+        for part, module in vpt._active.named_children()
+        for parameter in module.parameters()
+    }
     if not adapted:
         with suppress(UnsupportedModelError):
             for path in find_backbone(model).head.paths:
-                yield from model.get_submodule(path).parameters()
+                parts |= {id(parameter): "head" for parameter in model.get_submodule(path).parameters()}
+    return parts
 
 
 def adamw(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[type[torch.optim.AdamW], dict[str, Any]]:
