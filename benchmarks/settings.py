@@ -7,32 +7,43 @@ for the linear head and VPT-Deep, where the differences are within noise and fur
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+from bottleneck_adapter import ADAPTER
 from images import DataError
 from lora import LORA
 from training import METHODS, Method
 
+from vpt_peft import PromptConfig
+
 Run = dict[str, Any]  # settings and results of a run, as in the output of accuracy.py
 
-ALL_METHODS = {
-    name: {**METHODS, "lora": LORA}[name] for name in ("linear", "bitfit", "lora", "vpt-shallow", "vpt-deep", "full")
-}
+NAMES = (
+    "linear", "bitfit", "adapter", "lora", "vpt-shallow", "vpt-deep", "vpt-prefix", "vpt-prefix-20", "vpt-prefix-bias",
+    "full",
+)  # fmt: skip
+LONGER = replace(METHODS["vpt-prefix"], title="VPT-Prefix, p = 20", config=PromptConfig(num_tokens=20, kind="prefix"))
+ALL_METHODS = {name: {**METHODS, "lora": LORA, "adapter": ADAPTER, "vpt-prefix-20": LONGER}[name] for name in NAMES}
 
-# By method: learning rate, head learning rate (None: the same), prompt length (None: the method's).
-GRID: dict[str, tuple[tuple[float, float | None, int | None], ...]] = {
+# By method: learning rate, head learning rate (None: the same), prompt length (None: the method's), and the learning
+# rate of biases where it is another.
+GRID: dict[str, tuple[tuple[float | int | None, ...], ...]] = {
     "linear": ((1e-2, None, None), (1e-1, None, None)),
     "bitfit": ((1e-3, 1e-2, None), (3e-3, 1e-2, None)),
+    "adapter": ((1e-3, 1e-2, None), (3e-3, 1e-2, None)),
     "lora": ((1e-3, 1e-2, None), (3e-3, 1e-2, None)),
     "vpt-shallow": ((3e-3, 1e-2, None), (1e-2, 1e-2, None)),
     "vpt-deep": ((1e-3, 1e-2, None), (3e-3, 1e-2, None), (3e-3, 1e-2, 50)),
+    "vpt-prefix": ((1e-2, 1e-2, None), (3e-2, 1e-2, None), (1e-1, 1e-2, None)),
+    "vpt-prefix-20": ((1e-2, 1e-2, None), (3e-2, 1e-2, None)),
+    "vpt-prefix-bias": ((1e-2, 1e-2, None, 3e-3), (3e-2, 1e-2, None, 1e-3), (3e-2, 1e-2, None, 3e-3)),
     "full": ((1e-4, 1e-3, None), (3e-4, 1e-3, None)),
 }
 
@@ -43,21 +54,28 @@ def candidates(name: str) -> list[Method]:
 
 
 def with_settings(
-    method: Method, learning_rate: float | None, head_learning_rate: float | None, num_tokens: int | None
+    method: Method,
+    learning_rate: float | None,
+    head_learning_rate: float | None,
+    num_tokens: int | None,
+    bias_learning_rate: float | None = None,
 ) -> Method:
     """The method with other settings. The prompt length applies only to methods with prompts."""
     config = method.config
     if config is not None and config.num_tokens and num_tokens is not None:
         config = config.replace(num_tokens=num_tokens)
-    return dataclasses.replace(method.with_rates(learning_rate, head_learning_rate), config=config)
+    return replace(method.with_rates(learning_rate, head_learning_rate, bias_learning_rate), config=config)
 
 
 def settings_of(name: str, method: Method) -> Run:
     """The fields of a run with the settings of a method."""
-    return {
+    fields: Run = {
         "method": name, "learning_rate": method.learning_rate, "head_learning_rate": method.head_learning_rate,
         "num_tokens": method.config.num_tokens if method.config else 0,
     }  # fmt: skip
+    if method.bias_learning_rate is not None:
+        fields["bias_learning_rate"] = method.bias_learning_rate
+    return fields
 
 
 def find_runs(runs: Sequence[Run], wanted: Run) -> list[Run]:

@@ -49,6 +49,7 @@ COLUMNS = {
     "bare": "bare backbone",
     "linear": "linear head",
     "key_value": "keys and values",
+    "prefix": "prefix",
     "tokens": "tokens route",
     "concatenated": "concatenated",
     "full": "full fine-tuning",
@@ -132,13 +133,14 @@ def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
     full = copy.deepcopy(model)
     model.requires_grad_(False)
 
-    def prompted(num_tokens: int, route: str) -> nn.Module:
-        return get_vpt_model(share_weights(model), PromptConfig(num_tokens=num_tokens, route=route))
+    def prompted(num_tokens: int, **config: Any) -> nn.Module:
+        return get_vpt_model(share_weights(model), PromptConfig(num_tokens=num_tokens, **config))
 
-    variants = [("bare", None, model), ("linear", None, prompted(0, "auto")), ("full", None, full)]
+    variants = [("bare", None, model), ("linear", None, prompted(0)), ("full", None, full)]
     for num_tokens in args.tokens:
-        variants.append(("key_value", num_tokens, prompted(num_tokens, "auto")))
-        variants.append(("tokens", num_tokens, prompted(num_tokens, "tokens")))
+        variants.append(("key_value", num_tokens, prompted(num_tokens)))
+        variants.append(("prefix", num_tokens, prompted(num_tokens, kind="prefix")))
+        variants.append(("tokens", num_tokens, prompted(num_tokens, route="tokens")))
         if isinstance(model, ViTForImageClassification):
             variants.append(
                 ("concatenated", num_tokens, Concatenated(share_weights(model), num_tokens).to(args.device))

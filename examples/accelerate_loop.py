@@ -85,7 +85,7 @@ def make_loader(images: ImageSet, batch_size: int, shuffle: bool) -> Any:
 def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageSet, args: argparse.Namespace) -> Any:
     """Trains and evaluates. Returns the model and its test accuracy in percent."""
     method = chosen_method(args)
-    groups = parameter_groups(vpt, method.learning_rate, method.head_learning_rate, Settings.weight_decay)
+    groups = parameter_groups(vpt, **method.arguments, weight_decay=Settings.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     batches = make_loader(images, args.batch_size, shuffle=True)
     test_batches = make_loader(test_set, 8 * args.batch_size, shuffle=False)

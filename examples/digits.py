@@ -11,7 +11,7 @@ import torch
 from images import ImageSet, Preprocessing
 from PIL import Image
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-from training import DEVICE, METHODS, Settings, accuracy, predict, train
+from training import DEVICE, METHODS, Method, Settings, accuracy, predict, train
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 SIZE = 32
@@ -20,7 +20,9 @@ PRETRAINING_EPOCHS = 15
 EPOCHS = 25  # of fine-tuning; the dataset is small
 
 # The defaults are for pretrained models of common widths; heads of narrow backbones need larger learning rates.
-HEAD_LEARNING_RATES = {"linear": 1e-1, "vpt-shallow": 3e-2, "vpt-deep": 3e-2}
+HEAD_LEARNING_RATES = {
+    "linear": 1e-1, "vpt-shallow": 3e-2, "vpt-deep": 3e-2, "vpt-prefix": 3e-2, "vpt-prefix-bias": 3e-2,
+}  # fmt: skip
 SMALL_METHODS = {name: replace(METHODS[name], head_learning_rate=rate) for name, rate in HEAD_LEARNING_RATES.items()}
 
 
@@ -71,6 +73,6 @@ def pretrain(kind: str, folder: Path, epochs: int, seed: int) -> float:
     train_set, test_set = load().select_classes(OLD).split(0.8, seed)
     torch.manual_seed(seed)
     model = small_backbone(kind).to(DEVICE)
-    train(model, train_set, Settings(epochs), 1e-3, seed, "Pretraining")
+    train(model, train_set, Settings(epochs), Method("Pretraining", None, 1e-3), seed)
     model.save_pretrained(folder)
     return accuracy(predict(model, test_set), test_set)

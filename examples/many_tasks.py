@@ -69,8 +69,7 @@ def train_adapters(model: Any, train_set: ImageSet, test_set: ImageSet, args: ar
             label2id = {label: number for number, label in id2label.items()}
             vpt.add_adapter(name, config, num_labels=len(labels), id2label=id2label, label2id=label2id)
         vpt.set_adapter(name)  # the adapter that is trained and used
-        rates = task.method.learning_rate, task.method.head_learning_rate
-        train(vpt, relabel(task, train_set), Settings(args.epochs), rates[0], args.seed, name, rates[1])
+        train(vpt, relabel(task, train_set), Settings(args.epochs), replace(task.method, title=name), args.seed)
         test_accuracy = accuracy(predict(vpt, relabel(task, test_set)), relabel(task, test_set))
         kind = f"{config.num_tokens} {'per layer' if config.deep else 'at layer 0'}" if config.num_tokens else "none"
         parameters = vpt.get_nb_trainable_parameters()[0]

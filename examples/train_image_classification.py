@@ -119,14 +119,13 @@ def run(args: argparse.Namespace, method: Method, task: Task, splits: DatasetDic
         dataloader_num_workers=args.workers,
     )
     throughput = Throughput()
-    rates = {"learning_rate": method.learning_rate, "head_learning_rate": method.head_learning_rate}
     trainer = Trainer(
         tuned,
         settings,
         train_dataset=task.for_training(splits["train"]),
         eval_dataset=task.for_testing(splits["validation" if args.keep_best else "test"]),
         compute_metrics=compute_accuracy,
-        optimizer_cls_and_kwargs=adamw(tuned, **rates, weight_decay=args.weight_decay),
+        optimizer_cls_and_kwargs=adamw(tuned, **method.arguments, weight_decay=args.weight_decay),
         callbacks=[throughput],
     )
     use_short_progress(trainer, f"{method.title}, seed {seed}").train(

@@ -29,28 +29,38 @@ class Method:
 
     Attributes:
         config: the adapter that is trained; None: full fine-tuning.
-        head_learning_rate: None: ``learning_rate``.
+        head_learning_rate, bias_learning_rate: of the head and of biases; None: ``learning_rate``.
     """
 
     title: str
     config: PromptConfig | None
     learning_rate: float
     head_learning_rate: float | None = None
+    bias_learning_rate: float | None = None
 
-    def with_rates(self, learning_rate: float | None, head_learning_rate: float | None) -> Method:
-        """The method with other learning rates; None: unchanged. ``learning_rate`` alone applies to the head too."""
-        rates = self.learning_rate, self.head_learning_rate
+    def with_rates(
+        self, learning_rate: float | None, head_learning_rate: float | None, bias_learning_rate: float | None = None
+    ) -> Method:
+        """The method with other learning rates; None: unchanged. ``learning_rate`` alone applies to all parameters."""
+        rates = self.learning_rate, self.head_learning_rate, self.bias_learning_rate
         if learning_rate is not None:
-            rates = learning_rate, None
-        if head_learning_rate is not None:
-            rates = rates[0], head_learning_rate
-        return dataclasses.replace(self, learning_rate=rates[0], head_learning_rate=rates[1])
+            rates = learning_rate, None, None
+        given = (None, head_learning_rate, bias_learning_rate)
+        rate, head, bias = (old if new is None else new for old, new in zip(rates, given, strict=True))
+        return dataclasses.replace(self, learning_rate=rate, head_learning_rate=head, bias_learning_rate=bias)
+
+    @property
+    def arguments(self) -> dict[str, float | None]:
+        """Learning rates as arguments of ``vpt_peft.adamw`` and ``parameter_groups``."""
+        names = ("learning_rate", "head_learning_rate", "bias_learning_rate")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def rates(self) -> dict[str, float]:
         """Learning rates by name, for a model card."""
         head = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
-        return {"learning rate": self.learning_rate, "head learning rate": head}
+        rates = {"learning rate": self.learning_rate, "head learning rate": head}
+        return rates if self.bias_learning_rate is None else {**rates, "bias learning rate": self.bias_learning_rate}
 
     def attach(self, model: Any) -> Any:
         """The model to train: the backbone with an adapter or, for full fine-tuning, the backbone itself."""
@@ -62,6 +72,10 @@ METHODS = {
     "bitfit": Method("BitFit", PromptConfig(num_tokens=0, bias="all"), 3e-3, 1e-2),
     "vpt-shallow": Method("VPT-Shallow", PromptConfig(num_tokens=10, deep=False), 1e-2, 1e-2),
     "vpt-deep": Method("VPT-Deep", PromptConfig(num_tokens=10), 3e-3, 1e-2),
+    "vpt-prefix": Method("VPT-Prefix", PromptConfig(num_tokens=10, kind="prefix"), 3e-2, 1e-2),
+    "vpt-prefix-bias": Method(
+        "VPT-Prefix and biases", PromptConfig(num_tokens=10, kind="prefix", bias="all"), 3e-2, 1e-2, 3e-3
+    ),
     "full": Method("Full fine-tuning", None, 3e-4, 1e-3),
 }
 
@@ -115,21 +129,26 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def head_parameters(model: Any) -> set[nn.Parameter]:
     """Parameters of the classification head: the active adapter's, or the trainable ones of a PEFT or plain model."""
     if isinstance(model, VPTModel):
-        adapter = model.adapters[model.active_adapter]
-        return {tensor for name, tensor in adapter.state_dict(keep_vars=True).items() if name.startswith("head.")}
+        return set(model.adapters[model.active_adapter].head.parameters())
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {parameter for parameter in bare.classifier.parameters() if parameter.requires_grad}
 
 
-def optimizer_groups(model: nn.Module, learning_rate: float, head_learning_rate: float | None) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer: trainable parameters without the head, and the head."""
+def optimizer_groups(model: nn.Module, method: Method) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer, with the method's learning rates: head, biases of an adapter, and the rest."""
     head = head_parameters(model)
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in head]
-    groups = [
-        {"params": rest, "lr": learning_rate},
-        {"params": list(head), "lr": learning_rate if head_learning_rate is None else head_learning_rate},
+    biases = set(model.adapters[model.active_adapter].bias.parameters()) if isinstance(model, VPTModel) else set()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = (
+        ([parameter for parameter in trained if parameter not in head | biases], method.learning_rate),
+        (list(biases), method.bias_learning_rate),
+        (list(head), method.head_learning_rate),
+    )
+    return [
+        {"params": parameters, "lr": method.learning_rate if rate is None else rate}
+        for parameters, rate in groups
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
 
 
 def size_kwargs(model: Any, pixel_values: Tensor) -> dict[str, bool]:
@@ -144,24 +163,15 @@ def autocast_to(precision: str) -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def train(
-    model: nn.Module,
-    images: ImageSet,
-    settings: Settings,
-    learning_rate: float,
-    seed: int,
-    title: str,
-    head_learning_rate: float | None = None,
-) -> float:
+def train(model: nn.Module, images: ImageSet, settings: Settings, method: Method, seed: int) -> float:
     """Trains all parameters that require gradients, with a progress bar. Returns the training time in seconds."""
     generator = torch.Generator().manual_seed(seed)
-    groups = optimizer_groups(model, learning_rate, head_learning_rate)
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, method), weight_decay=settings.weight_decay)
     steps = settings.epochs * math.ceil(len(images) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     model.train()
     start = time.perf_counter()
-    with tqdm(total=steps, desc=title, unit="step") as bar:
+    with tqdm(total=steps, desc=method.title, unit="step") as bar:
         for _ in range(settings.epochs):
             for indices in torch.randperm(len(images), generator=generator).split(settings.batch_size):
                 batch = images.pixel_values(augment(images.images[indices], generator, settings.flip))
@@ -231,7 +241,7 @@ def tune(
     backbone_size = model.base_model.num_parameters()
     torch.manual_seed(seed)
     tuned = method.attach(model)
-    seconds = train(tuned, train_set, settings, method.learning_rate, seed, method.title, method.head_learning_rate)
+    seconds = train(tuned, train_set, settings, method, seed)
     logits = predict(tuned, test_set, precision=settings.precision)
     parameters = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     test_accuracy, processor = accuracy(logits, test_set), train_set.preprocessing.image_processor()

@@ -21,7 +21,7 @@ from images import DataError
 
 from vpt_peft import get_adapter_state_dict
 
-WITHOUT_PEFT = ["linear", "bitfit", "vpt-shallow", "vpt-deep", "full"]
+WITHOUT_PEFT = [name for name in settings.ALL_METHODS if name != "lora"]
 METHODS = [*WITHOUT_PEFT, "lora"] if importlib.util.find_spec("peft") else WITHOUT_PEFT
 Bench = Callable[..., list[dict[str, object]]]
 
@@ -116,7 +116,8 @@ def test_trained_tensors_are_float32_with_bfloat16_autocast(bench: Bench, checkp
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_parameter_group_for_the_head(name: str, checkpoint: Path) -> None:
     tuned = settings.ALL_METHODS[name].attach(training.load_backbone(str(checkpoint), ["a", "b"], seed=0))
-    groups = training.optimizer_groups(tuned, 1e-3, 1e-2)
+    method = settings.ALL_METHODS[name].with_rates(1e-3, 1e-2)
+    groups = training.optimizer_groups(tuned, method)
     head = groups[-1]
     assert head["lr"] == 1e-2
     assert sorted(tuple(parameter.shape) for parameter in head["params"]) == [(2,), (2, 8)]
