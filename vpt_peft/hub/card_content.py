@@ -178,7 +178,8 @@ def _variant(adapter: Adapter) -> str:
         return "VPT-Prefix" if is_prefix else "VPT-Deep"
     in_a_row = len(fresh) > 2 and fresh == list(range(fresh[0], fresh[-1] + 1))
     layers = f"{fresh[0]} to {fresh[-1]}" if in_a_row else ", ".join(map(str, fresh))
-    return f"{'VPT-Prefix' if is_prefix else 'VPT with fresh prompts'} in layer{'s' if len(fresh) > 1 else ''} {layers}, counted from 0"
+    name = "VPT-Prefix" if is_prefix else "VPT with fresh prompts"
+    return f"{name} in layer{'s' if len(fresh) > 1 else ''} {layers}, counted from 0"
 
 
 def _backbone(adapter: Adapter) -> str:
