@@ -32,9 +32,10 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def comparison(runs: Sequence[Run], sweep: Sequence[Run]) -> str:
-    """Two tables of the accuracy on all datasets: with the default settings, and with the best settings of the sweep.
+    """Tables of the accuracy on all datasets with the default settings, of its difference to LoRA, and of the accuracy
+    with the best settings of the sweep.
 
-    The second one is omitted if all runs have default settings.
+    The second one is omitted without runs of LoRA, and the last one if all runs have default settings.
     """
     names = list(dict.fromkeys(run["data"] for run in runs))
     methods = methods_in(runs)
@@ -47,6 +48,11 @@ def comparison(runs: Sequence[Run], sweep: Sequence[Run]) -> str:
 
     defaults = {name: [with_defaults(name, data) for data in names] for name in methods}
     tables = f"{common_settings(runs[0])}. Default settings:\n\n{comparison_table(defaults, names)}"
+    if any(defaults.get(REFERENCE, [])):
+        tables += (
+            f"\n\nDifference to {ALL_METHODS[REFERENCE].title} in points, paired over the seeds, ± standard error:"
+        )
+        tables += f"\n\n{paired_table(defaults, names)}"
     if sum(len(group) for groups in defaults.values() for group in groups) < len(runs):
         tuned = {name: [with_best(name, data) for data in names] for name in methods}
         tables += f"\n\nBest settings of the sweep for each dataset:\n\n{comparison_table(tuned, names)}"
@@ -87,6 +93,38 @@ def comparison_table(found: dict[str, list[list[Run]]], names: Sequence[str]) ->
     return table(rows)
 
 
+REFERENCE = "lora"
+
+
+def paired_table(found: dict[str, list[list[Run]]], names: Sequence[str]) -> str:
+    """The difference of each method to LoRA on each dataset, and in the mean over the datasets.
+
+    Runs of the same seed have the same data, batches and initial head, so their differences vary less than the runs.
+    """
+    rows: list[tuple[str, ...]] = [("Method", *names, "Mean")]
+    for name, groups in found.items():
+        if name == REFERENCE:
+            continue
+        differences = []
+        for group, reference in zip(groups, found[REFERENCE], strict=True):
+            expected = {run["seed"]: run["accuracy"] for run in reference}
+            pairs = {run["seed"]: run["accuracy"] - expected[run["seed"]] for run in group if run["seed"] in expected}
+            differences.append(pairs)
+        seeds = set[int].intersection(*map(set, differences))
+        means = [statistics.mean(pairs[seed] for pairs in differences) for seed in sorted(seeds)]
+        cells = [format_difference(list(pairs.values())) for pairs in differences]
+        rows.append((ALL_METHODS[name].title, *cells, format_difference(means)))
+    return table(rows)
+
+
+def format_difference(values: Sequence[float]) -> str:
+    """The mean, ± its standard error if there are several values."""
+    if not values:
+        return "-"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{error}"
+
+
 def sweep_table(runs: Sequence[Run]) -> str:
     """One row per candidate: validation accuracy on each dataset, and the mean.
 
@@ -122,7 +160,8 @@ def settings_cells(method: Method) -> tuple[str, str, str, str]:
     """Cells of a method for :data:`SETTINGS_HEADER`."""
     prompts = method.config.num_tokens if method.config else 0
     head = method.learning_rate if method.head_learning_rate is None else method.head_learning_rate
-    return method.title, f"{method.learning_rate:g}", f"{head:g}", str(prompts) if prompts else ""
+    biases = "" if method.bias_learning_rate is None else f", biases {method.bias_learning_rate:g}"
+    return method.title, f"{method.learning_rate:g}{biases}", f"{head:g}", str(prompts) if prompts else ""
 
 
 def methods_in(runs: Sequence[Run]) -> list[str]:

@@ -145,7 +145,7 @@ def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
             variants.append(
                 ("concatenated", num_tokens, Concatenated(share_weights(model), num_tokens).to(args.device))
             )
-    return [Variant(*variant, compiled=args.compile) for variant in variants]
+    return [Variant(*variant, compiled=args.compile) for variant in variants if variant[0] in args.variants]
 
 
 def measure(variants: Sequence[Variant], work: str, args: argparse.Namespace) -> None:
@@ -203,7 +203,7 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 def make_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown: milliseconds of the key-value route, and the other variants relative to it."""
-    others = [name for name in COLUMNS if name != "key_value"]
+    others = [name for name in COLUMNS if name != "key_value" and any(name in row["to_key_value"] for row in rows)]
     header = ["backbone", "work", "p", "keys and values, ms", *(COLUMNS[name] for name in others)]
     if any(row["peak_megabytes"] for row in rows):
         header += ["peak MB: " + COLUMNS[name] for name in COLUMNS]
@@ -237,6 +237,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=["vit-b16", "swin-t"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 10, 50, 100, 200], help="prompt lengths")
+    parser.add_argument("--variants", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="key_value is required")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone; prompts are float32")
@@ -250,6 +251,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
+    if "key_value" not in args.variants:
+        parser.error("--variants must contain key_value, to which the others are compared")
     if args.clock == "cpu" and args.device != "cpu":
         parser.error("--clock cpu does not measure a GPU; use --clock wall")
     return args

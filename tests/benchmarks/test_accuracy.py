@@ -270,3 +270,36 @@ def test_benchmark_pretrains_a_swin_on_digits(
     accuracy.main(["--backbone", "swin", "--methods", "vpt-deep", "--epochs", "1", "--output", str(output)])
     assert "| digits 5-9 | VPT-Deep" in capsys.readouterr().out
     assert json.loads(output.read_text())[0]["model"] == "small swin, digits 0-4"
+
+
+def test_differences_to_lora_are_paired_over_the_seeds() -> None:
+    def runs(*values: float) -> list[settings.Run]:
+        return [{"seed": seed, "accuracy": value} for seed, value in enumerate(values)]
+
+    found = {"lora": [runs(90.0, 80.0), runs(50.0, 60.0, 70.0)], "vpt-prefix": [runs(91.0, 83.0), runs(49.0, 59.0)]}
+    lines = accuracy_tables.paired_table(found, ["a", "b"]).splitlines()
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
+        "VPT-Prefix", "+2.0 ± 1.0", "-1.0 ± 0.0", "+0.5 ± 0.5",
+    ]  # fmt: skip
+    assert len(lines) == 3
+
+
+def test_adapters_start_as_the_backbone_and_are_removed_again(checkpoint: Path) -> None:
+    pixel_values = torch.randn(2, 3, 16, 16)
+    model = training.load_backbone(str(checkpoint), ["a", "b"], seed=0)
+    with torch.no_grad():
+        bare = model(pixel_values).logits
+        tuned = settings.ALL_METHODS["adapter"].attach(model)
+        torch.testing.assert_close(tuned(pixel_values=pixel_values).logits, bare, atol=0, rtol=0)
+        layers = model.vit.layers
+        torch.nn.init.normal_(layers[0].mlp.up.weight)
+        assert (tuned(pixel_values=pixel_values).logits - bare).abs().max() > 1e-3
+        trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+        assert trained == {"model.classifier.weight", "model.classifier.bias"} | {
+            f"model.vit.layers.{layer}.mlp.{part}.{kind}"
+            for layer in range(len(layers))
+            for part in ("down", "up")
+            for kind in ("weight", "bias")
+        }
+        assert tuned.unload() is model
+        torch.testing.assert_close(model(pixel_values).logits, bare, atol=0, rtol=0)
