@@ -14,12 +14,32 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "kind": ("token", "prefix"),
     "init": ("uniform", "normal"),
     "pooling": ("default", "image", "prompt", "global"),
-    "location": ("prepend",),
+    "location": ("prepend", "add", "add-shared", "pixel", "border", "channel"),
     "bias": ("none", "all"),
     "route": ("auto", "tokens", "key_value"),
     "task_type": (None, *TASK_TYPES),
     "peft_type": ("VPT",),
 }
+ADDED = ("add", "add-shared")  # locations whose prompts are added to tokens
+IN_IMAGE = ("border", "channel")  # locations whose prompts are part of the image
+# {location or kind: (options with the only value that makes sense there, the reason)}
+_FIXED: dict[str, tuple[dict[str, Any], str]] = {
+    "prefix": (
+        {"deep": True, "route": "auto", "location": "prepend"},
+        "its keys and values belong to the attention of one layer, and do not flow on to the next",
+    ),
+    **dict.fromkeys(ADDED, (
+        {"carry": True, "projection_dim": None, "route": "auto"}, "its prompts are added to tokens and are none",
+    )),
+    "pixel": ({"projection_dim": None}, "its prompts are projected by the patch embedding"),
+    **dict.fromkeys(IN_IMAGE, (
+        {
+            "deep": False, "layers_to_transform": None, "carry": True, "shared": False, "projection_dim": None,
+            "route": "auto",
+        },
+        "its prompts are part of the image and not of a layer",
+    )),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,11 +60,17 @@ class PromptConfig:
         projection_dim: learn prompts of this width and project them to the backbone's width with a linear layer, one
             for each width of the backbone.
         dropout: dropout probability of prompt elements during training, sampled per image.
-        init: initial distribution of the prompts: ``"uniform"``, as in the paper, or ``"normal"`` with standard
-            deviation 0.02.
+        init: initial distribution of the prompts: ``"uniform"``, as in the paper (a border: from 0 to 1, before it is
+            normalised), or ``"normal"`` with standard deviation 0.02.
         pooling: input of the classifier: ``"default"`` (the backbone's own), or the mean over ``"image"`` tokens,
             ``"prompt"`` tokens, or both (``"global"``), without ``[CLS]``.
-        location: where prompts enter; ``"prepend"``: as tokens of the sequence.
+        location: where prompts enter, as in the paper's ablation. ``"prepend"``: as tokens of the sequence;
+            ``"pixel"``: likewise, but learned as patches of pixels, which the frozen patch embedding projects;
+            ``"add"``: a vector for each token, prefix tokens included, is added to the input of a layer;
+            ``"add-shared"``: one vector for all tokens (for both, ``num_tokens`` does not matter unless it is 0);
+            ``"border"``: ``num_tokens`` pixels at each side of the image, which must be smaller than the backbone's
+            by twice as many; ``"channel"``: ``num_tokens`` further channels of the image, and the patch embedding
+            trains too. The last two need ``deep=False``.
         bias: ``"all"`` also trains and saves a copy of the backbone's biases (BitFit).
         modules_to_save: names of further modules to copy, train and save; the head always is.
         route: how prompts are computed. ``"auto"``: as keys and values only, wherever that is exact.
@@ -107,29 +133,21 @@ class PromptConfig:
                 f"deep=False uses fresh prompts in layer 0 only, got layers_to_transform="
                 f"{list(self.layers_to_transform or ())}. Keep deep=True to choose layers."
             )
-        if self.kind == "prefix":
-            self._check_prefix()
         if self.num_tokens == 0 and self.pooling in ("prompt", "global"):
             raise ConfigError(f'pooling="{self.pooling}" reads prompts, got num_tokens=0. Use at least 1 token.')
-
-    def _check_prefix(self) -> None:
-        """Raises ConfigError for options of prompts that are tokens."""
-        reasons = {
-            "deep": (True, "a prefix belongs to the attention of one layer and does not flow on to the next"),
-            "route": ("auto", "a prefix has keys and values only"),
-            "location": ("prepend", "a prefix enters the attention of its layer"),
-        }
-        for name, (only, reason) in reasons.items():
-            if getattr(self, name) != only:
+        for option in ("kind", "location"):
+            value = getattr(self, option)
+            fixed, reason = _FIXED.get(value, ({}, ""))
+            for name, only in fixed.items():
+                if getattr(self, name) != only:
+                    raise ConfigError(
+                        f'{option}="{value}" needs {name}={only!r}, got {getattr(self, name)!r}: {reason}.'
+                    )
+            if value in ("prefix", *ADDED, *IN_IMAGE) and self.pooling in ("prompt", "global"):
                 raise ConfigError(
-                    f'kind="prefix" needs {name}={only!r}, got {getattr(self, name)!r}: {reason}. '
-                    f'Leave {name} out, or use kind="token".'
+                    f'pooling="{self.pooling}" reads outputs of prompts, which {option}="{value}" does not have. '
+                    'Use pooling="default" or "image".'
                 )
-        if self.pooling in ("prompt", "global"):
-            raise ConfigError(
-                f'kind="prefix" has no outputs of prompts, which pooling="{self.pooling}" reads. '
-                'Use pooling="default" or "image", or kind="token".'
-            )
 
     def _freeze(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen: fields are normalised only in __post_init__

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
+PATCHES = "vit.embeddings.patch_embeddings.projection"
 FOLDER = Path(__file__).parents[1] / "reference"
 
 
@@ -38,8 +39,10 @@ def load_case(name: str) -> Case:
     model_tensors = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     gradients = {key.removeprefix("grad."): value for key, value in tensors.items() if key.startswith("grad.")}
     build, rename = (_vit, _vit_prompts) if metadata["backbone"] == "vit" else (_swin, _swin_prompts)
-    shared = json.loads(metadata["prompt"]).get("DEEP_SHARED", False)
-    model = build(arch, int(metadata["img_size"]), model_tensors)
+    settings = json.loads(metadata["prompt"])
+    shared, location = settings.get("DEEP_SHARED", False), settings.get("LOCATION", "prepend")
+    border = settings["NUM_TOKENS"] if location == "pad" else 0
+    model = build(arch, int(metadata["img_size"]) + 2 * border, model_tensors)
     return Case(
         model.eval(),
         tensors["pixel_values"],
@@ -64,7 +67,8 @@ def _vit(arch: dict[str, Any], image_size: int, tensors: dict[str, Tensor]) -> P
     state = {
         "vit.embeddings.cls_token": tensors[embeddings + "cls_token"],
         "vit.embeddings.position_embeddings": tensors[embeddings + "position_embeddings"],
-        **_renamed(tensors, embeddings + "patch_embeddings", "vit.embeddings.patch_embeddings.projection"),
+        f"{PATCHES}.weight": tensors[embeddings + "patch_embeddings.weight"][:, :3],  # without the channels of "below"
+        f"{PATCHES}.bias": tensors[embeddings + "patch_embeddings.bias"],
         **_renamed(tensors, encoder + "encoder_norm", "vit.layernorm"),
         **_renamed(tensors, "head", "classifier"),
     }
@@ -81,15 +85,29 @@ def _vit(arch: dict[str, Any], image_size: int, tensors: dict[str, Tensor]) -> P
 
 
 def _vit_prompts(tensors: dict[str, Tensor], arch: dict[str, Any]) -> dict[str, Tensor]:
+    if "transformer.prompt_embeddings_tb" in tensors:
+        return _border(*(tensors[f"transformer.prompt_embeddings_{sides}"][0] for sides in ("tb", "lr")))
     prompts = [
         *tensors.get("transformer.prompt_embeddings", ()),
         *tensors.get("transformer.deep_prompt_embeddings", ()),
     ]
+    patch = arch["patch"]
+    if prompts[0].ndim == 3 and prompts[0].shape[1] == patch:  # patches side by side, (3, patch, num_tokens * patch)
+        prompts = [torch.stack(prompt.split(patch, dim=-1)) for prompt in prompts]
+    elif prompts[0].ndim == 3:
+        embedding = _renamed(tensors, "transformer.embeddings.patch_embeddings", f"modules_to_save.{PATCHES}")
+        return {"prompts.channels": prompts[0], **embedding}
     found = {f"prompts.{layer}": prompt for layer, prompt in enumerate(prompts)}
     for name in ("weight", "bias"):
         if f"transformer.prompt_proj.{name}" in tensors:
             found[f"projection.{name}"] = tensors[f"transformer.prompt_proj.{name}"]
     return found
+
+
+def _border(ends: Tensor, sides: Tensor) -> dict[str, Tensor]:
+    """Top and bottom, ``(3, 2 * num_tokens, width)``, and left and right, ``(3, height, 2 * num_tokens)``."""
+    parts = zip(("top", "bottom", "left", "right"), (*ends.chunk(2, dim=1), *sides.chunk(2, dim=2)), strict=True)
+    return {f"prompts.{name}": part for name, part in parts}
 
 
 def _swin(arch: dict[str, Any], image_size: int, tensors: dict[str, Tensor]) -> PreTrainedModel:

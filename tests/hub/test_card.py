@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 from transformers import (
     AutoModelForImageClassification,
+    BeitImageProcessor,
     PreTrainedModel,
     SwinConfig,
     SwinForMaskedImageModeling,
@@ -73,6 +74,12 @@ def test_a_card_says_what_the_adapter_is(tiny: Tiny, tmp_path: Path) -> None:
         ({"layers_to_transform": (0, 1, 2, 3)}, "VPT-Deep"),
         ({"kind": "prefix"}, "VPT-Prefix"),
         ({"kind": "prefix", "layers_to_transform": (0,)}, "VPT-Prefix in layer 0, counted from 0"),
+        ({"location": "add"}, 'VPT-Deep (location "add")'),
+        ({"location": "add-shared", "deep": False}, 'VPT-Shallow (location "add-shared")'),
+        ({"location": "pixel", "deep": False}, 'VPT-Shallow (location "pixel")'),
+        ({"location": "border", "deep": False}, 'VPT (location "border")'),
+        ({"location": "channel", "deep": False}, 'VPT (location "channel")'),
+        ({"num_tokens": 0, "location": "border", "deep": False}, "linear probing"),
         ({"num_tokens": 0}, "linear probing"),
         ({"num_tokens": 0, "bias": "all"}, "BitFit"),
     ],
@@ -82,6 +89,22 @@ def test_a_card_names_the_variant_by_the_layers_that_have_prompts(
 ) -> None:
     vit.prompted(**config).save_pretrained(tmp_path)
     assert f"| variant | {variant} |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("location", "length"),
+    [
+        ("prepend", "3"),
+        ("add", "a vector for each token"),
+        ("add-shared", "a vector for all tokens"),
+        ("pixel", "3 patches of pixels"),
+        ("border", "3 pixels at each side of the image"),
+        ("channel", "3 channels of the image"),
+    ],
+)
+def test_a_card_says_what_a_prompt_length_counts(location: str, length: str, vit: Tiny, tmp_path: Path) -> None:
+    vit.prompted(num_tokens=3, location=location, deep=False).save_pretrained(tmp_path)
+    assert f"| prompt length | {length} |" in (tmp_path / "README.md").read_text()
 
 
 def test_what_the_user_wrote_into_a_card_is_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -195,6 +218,19 @@ TASKS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "two values": (lambda: vit_for("regression"), r"\{'LABEL_0': -?\d.+, 'LABEL_1': -?\d.+\}"),
     "one value": (lambda: vit_for(None, 1), r"\{'LABEL_0': -?\d.+\}"),
 }
+
+
+@pytest.mark.parametrize("processor_class", [ViTImageProcessor, BeitImageProcessor])
+def test_code_from_a_card_makes_room_for_a_border(
+    processor_class: Any, vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit.model.save_pretrained(tmp_path / "backbone")
+    crop = {"crop_size": SIZE["size"], "do_center_crop": True} if processor_class is BeitImageProcessor else {}
+    processor = processor_class(**SIZE, **crop)
+    vpt = vit.prompted(num_tokens=3, location="border", deep=False)
+    vpt.save_pretrained(tmp_path / "adapter", image_processor=processor)
+    names = run_code((tmp_path / "adapter/README.md").read_text(), tmp_path, monkeypatch)
+    assert names["pixel_values"].shape == (1, 3, 26, 26)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -23,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "projected": {"projection_dim": 6},
     "biases": {"bias": "all"},
     "prefix": {"kind": "prefix", "bias": "all"},
+    "modules": {"modules_to_save": ["layernorm_before"]},
 }
 each_config = on_backbones(CONFIGS, ("deep", "shallow", "pooled", "prefix"))
 

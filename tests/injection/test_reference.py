@@ -22,8 +22,17 @@ CASES = {
     "vit_shallow_img_pool": {"deep": False, "pooling": "image"},
     "vit_shallow_prompt_pool": {"deep": False, "pooling": "prompt"},
     "vit_shallow_imgprompt_pool": {"deep": False, "pooling": "global"},
+    "vit_prepend_pixel": {"location": "pixel", "deep": False},
     "swin_deep": {"pooling": "global"},
     "swin_shallow_batch1": {"deep": False, "pooling": "global"},
+}
+AT_OTHER_LOCATIONS = {
+    "vit_add_deep": {"location": "add"},
+    "vit_add_shallow": {"location": "add", "deep": False},
+    "vit_add1_deep": {"location": "add-shared"},
+    "vit_add1_shallow": {"location": "add-shared", "deep": False},
+    "vit_pad": {"location": "border", "deep": False, "num_tokens": 4},
+    "vit_below": {"location": "channel", "deep": False, "num_tokens": 2},
 }
 KEY_VALUE_EVERYWHERE = [
     "vit_deep", "vit_deep_project", "vit_deep_first2_removed", "vit_deep_shared", "vit_deep_img_pool",
@@ -32,7 +41,7 @@ KEY_VALUE_EVERYWHERE = [
 
 def prompted(case: Case, **config: object) -> VPTModel:
     """The case's model with the case's prompts."""
-    vpt = get_vpt_model(case.model, PromptConfig(num_tokens=5, **config))  # type: ignore[arg-type]
+    vpt = get_vpt_model(case.model, PromptConfig(**{"num_tokens": 5, **config}))  # type: ignore[arg-type]
     head = {name: tensor for name, tensor in get_adapter_state_dict(vpt).items() if name.startswith("head.")}
     set_adapter_state_dict(vpt, head | case.prompts)
     return vpt.eval()
@@ -48,6 +57,7 @@ def check(vpt: VPTModel, case: Case) -> None:
     torch.testing.assert_close(logits, case.logits, atol=TOLERANCE, rtol=0)
     weighted_sum(logits).backward()
     live = {name: tensor.grad for name, tensor in vpt.adapters["default"].state_dict(keep_vars=True).items()}
+    assert case.gradients
     for name, gradient in case.gradients.items():
         torch.testing.assert_close(
             live[name], gradient, atol=TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
@@ -59,6 +69,12 @@ def check(vpt: VPTModel, case: Case) -> None:
 def test_logits_and_prompt_gradients_agree_with_the_authors(name: str, route: str) -> None:
     case = load_case(name)
     check(prompted(case, **CASES[name], route=route), case)
+
+
+@pytest.mark.parametrize("name", AT_OTHER_LOCATIONS)
+def test_logits_and_gradients_of_prompts_at_other_locations_agree_with_the_authors(name: str) -> None:
+    case = load_case(name)
+    check(prompted(case, **AT_OTHER_LOCATIONS[name]), case)
 
 
 @pytest.mark.parametrize("name", KEY_VALUE_EVERYWHERE)

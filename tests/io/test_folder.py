@@ -26,7 +26,6 @@ from vpt_peft import (
     get_vpt_model,
     set_adapter_state_dict,
 )
-from vpt_peft.config import CHOICES
 from vpt_peft.io import check_state_dict
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -291,10 +290,7 @@ FREE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", SEALED)
-def test_a_sealed_field_edited_alone_is_refused(
-    field: str, vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(CHOICES, "location", ("prepend", "add"))  # of which there is only one now
+def test_a_sealed_field_edited_alone_is_refused(field: str, vit: Tiny, tmp_path: Path) -> None:
     vpt = vit.prompted()
     vpt.save_pretrained(tmp_path)
     edit_config(tmp_path, **{field: SEALED[field]})

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..config import PromptConfig
+from ..config import IN_IMAGE, PromptConfig
 from ..errors import ConfigError
 from .dequantize import dequantize
 from .labels import get_labels, make_labels
-from .modules import ModuleTree, clone, copy_head, describe, find_biases, find_modules_to_save
+from .locations import embed_patches, normalize_pixels, patch_embedding, prompt_shapes, required_size
+from .modules import (
+    ModuleTree,
+    clone,
+    copy_head,
+    copy_patch_projection,
+    describe,
+    find_biases,
+    find_modules_to_save,
+)
 from .plan import plan_layers
 from .prefix import Prefix
 from .prompts import Prompts, make_projection
@@ -34,13 +43,15 @@ class Adapter(nn.Module):
         device: device of the new tensors; None: the backbone's.
 
     Attributes:
-        prompts: ``prompts.{layer}``, prompts that are tokens.
+        prompts: ``prompts.{layer}``, or ``prompts.{part of the image}``, see :mod:`~vpt_peft.adapter.locations`.
         prefix: ``prefix.{layer}.key`` and ``.value``, prompts that are keys and values.
         projection: ``projection.*``; None without ``projection_dim``.
         head: ``head.{path}.*``, the copies of the modules of the model's head.
         bias: ``bias.{path}``, the copies of the backbone's biases by the path of their module.
         modules_to_save: ``modules_to_save.{path}.*``.
         plan: one :class:`~vpt_peft.adapter.LayerPlan` for each layer, or None.
+        image_size: height and width that images must have; None: any that the backbone takes.
+        patch_embedding: paths of the modules of the patch embedding that prompts go through, or that it copies.
         num_labels: number of labels of the task.
         model_config: the model's config with the labels of this task.
         layout: its state dict on the meta device.
@@ -68,11 +79,13 @@ class Adapter(nn.Module):
         fresh = [layer for layer, plan in enumerate(self.plan) if plan and plan.fresh]
         widths = {layer: backbone.layers[layer].key_width if is_prefix else self.widths[layer] for layer in fresh}
         _check_shared(config, widths)
-        self.prompts = Prompts(config, {} if is_prefix else widths, backbone.patch_size, device)
+        self.prompts = Prompts(config, prompt_shapes(config, backbone, widths), backbone.patch_size, device)
         self.prefix = Prefix(config, widths if is_prefix else {}, backbone, device)
         self.projection: Any = make_projection(config, widths, device)
         several = len(set(widths.values())) > 1
         self._width_keys = {layer: str(width) for layer, width in widths.items()} if several else {}
+        self.image_size = required_size(config, backbone)
+        self.patch_embedding = patch_embedding(config, backbone)
 
         labels = make_labels(backbone.model.config, labels or {})
         self.num_labels = len(labels["id2label"])
@@ -84,6 +97,9 @@ class Adapter(nn.Module):
             self.head.add(path, copy_head(backbone, path, self.num_labels, device))
         for path, module in find_modules_to_save(config, backbone).items():
             self.modules_to_save.add(path, dequantize(clone(module), path))
+        for path in self.patch_embedding if config.location == "channel" else ():
+            projection = copy_patch_projection(backbone, path, config.num_tokens, self.modules_to_save.paths, device)
+            self.modules_to_save.add(path, projection)
         owned = [*backbone.head.paths, *self.modules_to_save.paths]
         for path, bias in find_biases(config, backbone, owned).items():
             self.bias.add(path, nn.Parameter(bias.detach().clone()))
@@ -96,13 +112,22 @@ class Adapter(nn.Module):
         layers = {path: self.head.find(path) for path in backbone.head.label_layers}
         self.head_classes = {path: describe(layer) for path, layer in layers.items() if layer is not None}
 
-    def fresh_prompts(self, layer: int, num_images: int) -> Tensor:
-        """The prompts that enter a layer.
+    def fresh_prompts(self, name: int | str, num_images: int, backbone: Backbone) -> Tensor:
+        """The prompts that enter a layer, or a part of the image.
+
+        Args:
+            name: index of the layer, or name of the part.
 
         Returns:
-            ``(1, num_tokens, width)``, or ``(num_images, num_tokens, width)`` with dropout.
+            ``(1, num_tokens, width)`` for a layer, ``(1, channels, height, width)`` for a part of the image; with
+            dropout, ``num_images`` of them.
         """
-        return self._drop(self._project(layer, self.prompts[layer]), num_images)
+        prompts = self.prompts[name]
+        if self.config.location == "pixel":
+            prompts = embed_patches(prompts, self._patch_modules(backbone))
+        elif self.config.location == "border":
+            prompts = normalize_pixels(prompts)
+        return self._drop(self._project(name, prompts), num_images)
 
     def fresh_prefix(self, layer: int, num_images: int) -> Tensor:
         """The keys and values of a layer's prefix, side by side.
@@ -114,21 +139,32 @@ class Adapter(nn.Module):
         parts = [self._project(layer, pair[part], part) for part in ("key", "value")]
         return self._drop(torch.cat(parts, dim=-1), num_images)
 
-    def _project(self, layer: int, prompts: Tensor, part: str | None = None) -> Tensor:
+    def _project(self, name: int | str, prompts: Tensor, part: str | None = None) -> Tensor:
         """Prompts ``(num_tokens, dim)`` of a layer in its width."""
         projection = self.projection
         if projection is None:
             return prompts
         if self._width_keys:
-            projection = projection[self._width_keys[layer]]
+            projection = projection[self._width_keys[int(name)]]
         projected: Tensor = (projection if part is None else projection[part])(prompts)
         return projected
 
     def _drop(self, prompts: Tensor, num_images: int) -> Tensor:
-        """Prompts ``(num_tokens, dim)`` as a batch, with dropout for each image while training."""
+        """Prompts as a batch, with dropout for each image while training."""
         if self.config.dropout and self.training:
-            return nn.functional.dropout(prompts.expand(num_images, -1, -1), self.config.dropout)
+            return nn.functional.dropout(prompts.expand(num_images, *prompts.shape), self.config.dropout)
         return prompts.unsqueeze(0)
+
+    def _patch_modules(self, backbone: Backbone) -> Iterator[nn.Module]:
+        """The modules that embed patches: the adapter's copies, else the backbone's."""
+        for path in self.patch_embedding:
+            copied = self.replacement(path)
+            yield backbone.model.get_submodule(path) if copied is None else copied
+
+    @property
+    def is_in_image(self) -> bool:
+        """Whether its prompts are part of the image."""
+        return self.config.location in IN_IMAGE and self.config.num_tokens > 0
 
     def replacement(self, path: str) -> nn.Module | None:
         """The adapter's own copy of the module at a path of the model; None if it has none."""

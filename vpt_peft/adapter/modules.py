@@ -152,6 +152,41 @@ def _check_copyable(path: str, module: nn.Module, backbone: Backbone) -> None:
         )
 
 
+def copy_patch_projection(
+    backbone: Backbone, path: str, num_channels: int, copied: list[str], device: torch.device
+) -> nn.Module:
+    """A copy of the convolution that embeds patches, with further input channels, initialised as torch does.
+
+    Args:
+        path: of the convolution in the model.
+        num_channels: number of further channels.
+        copied: paths of the modules that the adapter copies already.
+        device: device of the copy; on "meta" it gets no values.
+
+    Raises:
+        ConfigError: it is no plain convolution, or part of a module that is copied already.
+    """
+    outer = [other for other in copied if f"{path}.".startswith(f"{other}.")]
+    if outer:
+        raise ConfigError(
+            f"location=\"channel\" trains '{path}' as it is, got modules_to_save with '{outer[0]}', which contains it. "
+            "Name other modules."
+        )
+    original: Any = backbone.model.get_submodule(path)
+    if type(original) is not nn.Conv2d or (original.groups, original.padding_mode) != (1, "zeros"):
+        raise ConfigError(
+            f"location=\"channel\" adds channels to a plain torch.nn.Conv2d, got {describe(original)} at '{path}'."
+        )
+    projection: Any = clone(original, on_meta=device.type == "meta")
+    number = projection.in_channels
+    projection.in_channels += num_channels
+    new = nn.Conv2d(
+        projection.in_channels, projection.out_channels, projection.kernel_size, bias=False, device=device
+    ).weight[:, number:]
+    projection.weight = nn.Parameter(torch.cat([projection.weight.detach(), new.detach().to(projection.weight)], dim=1))
+    return projection
+
+
 def clone(module: nn.Module, on_meta: bool = False) -> nn.Module:
     """A deep copy without hooks and overrides of ``forward``, and without the objects that those refer to.
 

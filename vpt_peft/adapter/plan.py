@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import PromptConfig
+from ..config import ADDED, IN_IMAGE, PromptConfig
 from ..errors import ConfigError, RouteError, safe_repr
 
 
@@ -15,8 +15,9 @@ class LayerPlan:
     Attributes:
         fresh: the layer has its own prompts; else its prompts are the outputs of the previous layer's.
         route: ``"key_value"``: only the keys and values of the prompts are computed; ``"tokens"``: the prompts are
-            computed like all other tokens, since their outputs are used; ``"prefix"``: keys and values are learned
-            directly, see ``kind`` in :class:`~vpt_peft.PromptConfig`.
+            computed like all other tokens, since their outputs are used; ``"add"``: the prompts are added to the tokens
+            that enter the layer; ``"prefix"``: keys and values are learned directly, see ``kind`` in
+            :class:`~vpt_peft.PromptConfig`.
     """
 
     fresh: bool
@@ -34,8 +35,9 @@ def plan_layers(config: PromptConfig, num_layers: int, pools_prompts: bool) -> t
         RouteError: ``route="key_value"``, but the outputs of prompts are used.
     """
     fresh = _fresh_layers(config, num_layers)
-    if config.kind == "prefix":
-        return tuple(LayerPlan(True, "prefix") if layer in fresh else None for layer in range(num_layers))
+    direct = "prefix" if config.kind == "prefix" else "add" if config.location in ADDED else None
+    if direct is not None:
+        return tuple(LayerPlan(True, direct) if layer in fresh else None for layer in range(num_layers))
     present: list[bool] = []
     for layer in range(num_layers):
         carried = config.carry and layer > 0 and present[layer - 1]
@@ -67,7 +69,7 @@ def plan_layers(config: PromptConfig, num_layers: int, pools_prompts: bool) -> t
 
 
 def _fresh_layers(config: PromptConfig, num_layers: int) -> set[int]:
-    if config.num_tokens == 0:
+    if config.num_tokens == 0 or config.location in IN_IMAGE:
         return set()
     if config.layers_to_transform is None:
         return set(range(num_layers)) if config.deep else {0}

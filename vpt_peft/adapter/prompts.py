@@ -34,28 +34,33 @@ def draw_prompts(prompts: Tensor, init: str, patch_size: int) -> Tensor:
 
 
 class Prompts(nn.Module):
-    """One parameter of shape ``(num_tokens, dim)`` for each layer with fresh prompts, named by the layer's index.
+    """One parameter for each layer with fresh prompts, named by the layer's index, or for each part of the image.
 
     Args:
-        config: the adapter's config; ``dim`` is its ``projection_dim``, else the width of the layer.
-        widths: ``{layer: width}`` of the layers with fresh prompts, in order.
+        config: the adapter's config.
+        shapes: ``{name: shape}``, see :func:`~vpt_peft.adapter.locations.prompt_shapes`; of shared prompts, all have
+            the first one's parameter.
         patch_size: side of the backbone's patches in pixels, see :func:`uniform_bound`.
         device: device of the parameters; on "meta" they are not initialised.
     """
 
-    def __init__(self, config: PromptConfig, widths: Mapping[int, int], patch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, config: PromptConfig, shapes: Mapping[str, tuple[int, ...]], patch_size: int, device: torch.device
+    ) -> None:
         super().__init__()
-        self.shared_layer = min(widths) if config.shared and widths else None
-        for layer in widths if self.shared_layer is None else [self.shared_layer]:
-            shape = (config.num_tokens, config.projection_dim or widths[layer])
-            self.register_parameter(str(layer), nn.Parameter(torch.empty(shape, device=device)))
+        self.shared_name = next(iter(shapes), None) if config.shared else None
+        for name in shapes if self.shared_name is None else [self.shared_name]:
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name], device=device)))
         if device.type != "meta":
             for prompts in self.parameters():
-                draw_prompts(prompts, config.init, patch_size)
+                if config.location == "border" and config.init == "uniform":
+                    nn.init.uniform_(prompts)  # pixels
+                else:
+                    draw_prompts(prompts, config.init, patch_size)
 
-    def __getitem__(self, layer: int) -> Tensor:
-        """The prompts of a layer, ``(num_tokens, dim)``."""
-        prompts: Tensor = getattr(self, str(layer if self.shared_layer is None else self.shared_layer))
+    def __getitem__(self, name: int | str) -> Tensor:
+        """The prompts of a layer, or of a part of the image."""
+        prompts: Tensor = getattr(self, str(name) if self.shared_name is None else self.shared_name)
         return prompts
 
 

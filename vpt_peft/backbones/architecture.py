@@ -51,6 +51,8 @@ class Architecture:
         pooled_norm: the norm applied to the mean over tokens before the classifier, relative to the encoder; the
             attribute may be None.
         num_prefix_tokens: number of tokens before the patches (``[CLS]``).
+        patch_projection: the convolution that embeds patches, relative to the encoder.
+        patch_norm: the norm after it, likewise; None: there is none.
         blocks: for window attention (Swin): the list of layers, relative to a stage.
         merging: the patch merging after the last layer of a stage, relative to the stage, with submodules ``norm`` and
             ``reduction``; None in the last stage.
@@ -76,6 +78,8 @@ class Architecture:
     mlp_scale: str | None = None
     pooled_norm: str | None = None
     num_prefix_tokens: int = 1
+    patch_projection: str = "embeddings.patch_embeddings.projection"
+    patch_norm: str | None = None
     blocks: str | None = None
     merging: str | None = None
     overwrites_settings: bool = False

@@ -129,6 +129,31 @@ class Backbone:
         return int(size) if isinstance(size, int) else int(size[0])
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it was made for, in pixels."""
+        size = self.encoder.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+    def find_patch_embedding(self) -> dict[str, nn.Module]:
+        """``{path in the model: module}`` of the convolution that embeds patches, and of the norm after it.
+
+        Raises:
+            UnsupportedModelError: they are not where the declaration of the model says.
+        """
+        named = dict(self.encoder.named_modules())
+        names = [name for name in (self.architecture.patch_projection, self.architecture.patch_norm) if name]
+        modules = [named.get(name) for name in names]
+        if not isinstance(modules[0], nn.Conv2d) or None in modules:
+            raise UnsupportedModelError(
+                f"Expected the convolution that embeds patches at '{names[0]}' of {type(self.encoder).__name__}, got "
+                f"{', '.join(type(module).__name__ for module in modules)} at {', '.join(names)}. Declare its path "
+                "with vpt_peft.register_architecture (patch_projection, patch_norm)."
+            )
+        paths = {module: path for path, module in self.model.named_modules()}
+        return {paths[module]: module for module in modules if module is not None}
+
+    @property
     def device(self) -> torch.device:
         """Device of the adapters; layers on other devices get prompts moved at each use."""
         return next(self.encoder.parameters()).device

@@ -24,6 +24,7 @@ register_architecture(
         },
         layers="encoder.layers",
         num_prefix_tokens=0,
+        patch_norm="embeddings.norm",
         blocks="blocks",
         merging="downsample",
         overwrites_settings=True,

@@ -29,6 +29,11 @@ PIPELINES = {
     "FEATURE_EXTRACTION": "image-feature-extraction",
 }
 MAX_LABELS = 50
+# Prompt lengths by location, where they are no number of tokens.
+LENGTHS = {
+    "add": "a vector for each token", "add-shared": "a vector for all tokens", "pixel": "{} patches of pixels",
+    "border": "{} pixels at each side of the image", "channel": "{} channels of the image",
+}  # fmt: skip
 # Fields of the config that a card lists where they are not the default.
 OPTIONAL_FIELDS = (
     "carry", "shared", "projection_dim", "dropout", "init", "pooling", "location", "bias", "modules_to_save",
@@ -155,7 +160,7 @@ def _adapter_rows(adapter: Adapter) -> str:
     rows = {
         "backbone": _backbone(adapter),
         "variant": _variant(adapter),
-        "prompt length": str(config.num_tokens),
+        "prompt length": _prompt_length(config),
         **_cells(changed),
         "trained parameters": f"{sum(parameter.numel() for parameter in adapter.parameters()):,}",
         "bytes": f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors):,}",
@@ -167,9 +172,20 @@ def _adapter_rows(adapter: Adapter) -> str:
     return _rows(rows)
 
 
+def _prompt_length(config: PromptConfig) -> str:
+    number = str(config.num_tokens)
+    return LENGTHS.get(config.location, "{}").format(number) if config.num_tokens else number
+
+
 def _variant(adapter: Adapter) -> str:
     if adapter.config.num_tokens == 0:
         return "BitFit" if adapter.config.bias == "all" else "linear probing"
+    location = adapter.config.location
+    variant = "VPT" if adapter.is_in_image else _layers_variant(adapter)
+    return variant if location == "prepend" else f'{variant} (location "{location}")'
+
+
+def _layers_variant(adapter: Adapter) -> str:
     fresh = [layer for layer, plan in enumerate(adapter.plan) if plan is not None and plan.fresh]
     is_prefix = adapter.config.kind == "prefix"
     if fresh == [0] and adapter.config.carry and not is_prefix:

@@ -63,6 +63,10 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
             f'model = {auto_class}.from_pretrained("{UNNAMED}")  # the backbone that the adapter was trained on',
             f"vpt = VPTModel.from_pretrained(model, {source})",
         ]
+    options = ""
+    if adapter.config.location == "border" and adapter.image_size:
+        height, width = adapter.image_size  # smaller than the processor makes them
+        options = f'size={{"height": {height}, "width": {width}}}, do_center_crop=False, '
     return "\n".join([
         "import torch",
         "from PIL import Image",
@@ -74,7 +78,7 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
         f"processor = AutoImageProcessor.from_pretrained({source if has_processor else 'vpt.name_or_path'})",
         "",
         'image = Image.open("image.jpg").convert("RGB")',
-        'pixel_values = processor(image, return_tensors="pt").pixel_values',
+        f'pixel_values = processor(image, {options}return_tensors="pt").pixel_values',
         _prediction(str(adapter.config.task_type), adapter.model_config),
     ])  # fmt: skip
 

@@ -65,6 +65,7 @@ class ForwardContext:
         training: whether gradients may be needed.
         entered: the modules that must be entered once, the model and its encoder, as far as they have been.
         layers_reached: number of layers with prompts that have run so far.
+        image_reached: the prompts that are part of the image have been put into it.
         last_hidden_state: output of the encoder, ``(num_images, num_tokens, width)``, where a pooling reads it.
     """
 
@@ -74,6 +75,7 @@ class ForwardContext:
     training: bool
     entered: tuple[nn.Module, ...] = ()
     layers_reached: int = 0
+    image_reached: bool = False
     last_hidden_state: Tensor | None = None
 
     def has_prompts(self, layer: int) -> bool:
@@ -90,6 +92,15 @@ class ForwardContext:
         """For each image of a mixed batch, the index of the part that it belongs to."""
         part = {row: index for index, batch in enumerate(self.batches) for row in batch.rows or ()}
         return [part[row] for row in range(self.num_images)]
+
+    def attends_to_prompts(self, layer: int) -> bool:
+        """Whether the attention of a layer must see prompts: those that are not added to the layer's tokens."""
+        plans = [batch.plan(layer) for batch in self.batches]
+        return any(plan is not None and plan.route != "add" for plan in plans)
+
+    def count_images(self, batch: AdapterBatch) -> int:
+        """Number of images of an adapter."""
+        return self.num_images if batch.rows is None else len(batch.rows)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backbones import Backbone, Layer
 from ..errors import RouteError
 from .context import ForwardContext, LayerContext, activate, activate_alone, current_forward
+from .locations import add_to_tokens
 from .overrides import ForwardOverride, identity
 
 
@@ -41,9 +42,10 @@ class LayerHook(ForwardOverride):
     ) -> tuple[Any, Any]:
         """Runs the layer. Everything that a recomputation in the backward pass needs is an argument."""
         context = LayerContext(forward, self.layer, prompts_in, [None] * len(prompts_in))
+        args = add_to_tokens(context, *args)
         with activate(context):
             output = self._layer_forward(*args, **kwargs)
-        if forward.has_prompts(self.layer.index) and not context.attention_ran:
+        if forward.attends_to_prompts(self.layer.index) and not context.attention_ran:
             raise RouteError(
                 f"Prompts did not reach the attention of layer {self.layer.index} "
                 f"({type(self.layer.part('attention')).__name__}): the output would be the bare backbone's. "

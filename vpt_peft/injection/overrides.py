@@ -15,6 +15,7 @@ from ..adapter import is_quantized
 from ..backbones import Backbone
 from ..errors import RouteError
 from .context import AdapterBatch, ForwardContext, activate, activate_alone, current_forward
+from .locations import enter_image, project_with_channels
 
 
 class AttributeProxy:
@@ -82,6 +83,8 @@ class EntryOverride(ForwardOverride):
             with activate(None):  # the context may be that of another backbone's pass
                 return self.forward(*args, **kwargs)
         context.entered = (*context.entered, self.module)
+        if self.module is self.backbone.model:
+            args = enter_image(context, *args)
         output = self.forward(*args, **kwargs)
         if self.module is self.backbone.encoder and any(batch.pooling != "default" for batch in context.batches):
             context.last_hidden_state = output.last_hidden_state
@@ -107,7 +110,11 @@ class ModuleOverride(ForwardOverride):
             return self.forward(*args, **kwargs)
         module = adapter.replacement(self.path)
         if module is not None:
-            return call_in_own_precision(module, *args, **kwargs)
+            if context is not None and adapter.is_in_image and self.path in adapter.patch_embedding:
+                output = project_with_channels(context, adapter, module, *args)
+            else:
+                output = call_in_own_precision(module, *args, **kwargs)
+            return match_precision(output, *args[:1])
         bias = adapter.bias.find(self.path)
         if bias is None:
             return self.forward(*args, **kwargs)
@@ -207,7 +214,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Applies a function to a tensor, or to each tensor in a list or tuple of feature maps."""
     if isinstance(value, Tensor):
         return function(value)
-    return [map_tensors(function, item) for item in value] if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    mapped = [map_tensors(function, item) for item in value]
+    return tuple(mapped) if isinstance(value, tuple) else mapped
 
 
 def call_in_own_precision(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -223,6 +233,14 @@ def call_in_own_precision(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return value.to(parameter.device, value.dtype if autocast else parameter.dtype)
 
     return module(*(map_tensors(convert, value) for value in args), **kwargs)
+
+
+def match_precision(output: Any, like: Any = None) -> Any:
+    """The output of a module in the precision and on the device of its input, which are those of the backbone; under
+    autocast, as it is."""
+    if not isinstance(like, Tensor) or not like.is_floating_point() or torch.is_autocast_enabled(like.device.type):
+        return output
+    return map_tensors(lambda value: value.to(like) if value.is_floating_point() else value, output)
 
 
 def identity(value: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .context import AdapterBatch, LayerContext
+from .context import AdapterBatch, LayerContext, activate_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,7 @@ def gather_prefixes(context: LayerContext, device: torch.device) -> list[LayerPr
     for index, batch in enumerate(forward.batches):
         plan = batch.plan(layer)
         if plan is not None and plan.route == "prefix" and batch.adapter is not None:
-            num_images = forward.num_images if batch.rows is None else len(batch.rows)
-            prefix = batch.adapter.fresh_prefix(layer, num_images).to(device)
+            prefix = batch.adapter.fresh_prefix(layer, forward.count_images(batch)).to(device)
             gathered.append(LayerPrompts(index, batch, prefix, fresh=True, needs_output=False))
     return gathered
 
@@ -100,10 +99,12 @@ def gather_prompts(context: LayerContext) -> list[LayerPrompts]:
     layer, forward = context.layer, context.forward
     for index, (batch, prompts_in) in enumerate(zip(forward.batches, context.prompts_in, strict=True)):
         plan = batch.plan(layer.index)
-        if plan is None or plan.route == "prefix" or batch.adapter is None:
+        if plan is None or plan.route in ("add", "prefix") or batch.adapter is None:
             continue
-        num_images = forward.num_images if batch.rows is None else len(batch.rows)
-        tokens = batch.adapter.fresh_prompts(layer.index, num_images) if plan.fresh else prompts_in
+        tokens = prompts_in
+        if plan.fresh:
+            with activate_alone(forward, batch):  # pixels go through the patch embedding
+                tokens = batch.adapter.fresh_prompts(layer.index, forward.count_images(batch), forward.backbone)
         assert tokens is not None  # the plan carries prompts only out of layers that have them
         gathered.append(LayerPrompts(index, batch, layer.to_layer(tokens), plan.fresh, plan.route == "tokens"))
     return gathered

@@ -24,7 +24,7 @@ def mix_adapters(adapters: Mapping[str, Adapter], names: Sequence[str], num_imag
 
     Raises:
         AdapterError: a name is unknown, their number differs from that of the images, or an adapter with copies of
-            modules of the backbone is mixed with others.
+            modules of the backbone, or with prompts in the image, is mixed with others.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != num_images:
         got = f"{len(names)} names" if isinstance(names, list | tuple) else repr(names)
@@ -32,12 +32,16 @@ def mix_adapters(adapters: Mapping[str, Adapter], names: Sequence[str], num_imag
     check_adapters_exist(adapters, [name for name in names if name != BASE])
     distinct = list(dict.fromkeys(names))
     owners = [name for name in distinct if name != BASE and adapters[name].modules_to_save.paths]
-    if owners and len(distinct) > 1:
-        raise AdapterError(
-            f"The adapters {', '.join(owners)} have copies of modules of the backbone (modules_to_save), so they "
-            f"cannot be mixed with {', '.join(name for name in distinct if name != owners[0])}. "
-            "Call the model once for each of them."
-        )
+    in_image = [name for name in distinct if name != BASE and adapters[name].is_in_image]
+    for alone, reason in (
+        (in_image, 'prompts in the image itself (location="border" or "channel")'),
+        (owners, "copies of modules of the backbone (modules_to_save)"),
+    ):
+        if alone and len(distinct) > 1:
+            raise AdapterError(
+                f"The adapters {', '.join(alone)} have {reason}, so they cannot be mixed with "
+                f"{', '.join(name for name in distinct if name != alone[0])}. Call the model once for each of them."
+            )
     batches = []
     for name in distinct:
         rows = tuple(row for row, other in enumerate(names) if other == name) if len(distinct) > 1 else None

@@ -233,6 +233,11 @@ class VPTModel(PreTrainedAdapterModel):
                 f"Prompts must reach {expected} layers, but reached {context.layers_reached}: the backbone skipped "
                 "some, or its layers were replaced after the adapter was attached. Unload and attach it again."
             )
+        if not context.image_reached and any(batch.adapter and batch.adapter.is_in_image for batch in context.batches):
+            raise RouteError(
+                "Prompts must reach the image, but did not: the forward of the model or of its patch embedding was "
+                "replaced after the adapter was attached. Unload and attach it again."
+            )
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -259,7 +264,8 @@ class VPTModel(PreTrainedAdapterModel):
 
     @property
     def routes(self) -> dict[int, str]:
-        """``{layer: "tokens" or "key_value"}``: how the prompts of the active adapter are computed, by layer."""
+        """``{layer: "tokens", "key_value" or "add"}``: how the prompts of the active adapter are computed, by layer.
+        Empty for ``location="border"`` and ``"channel"``, whose prompts are in the image and not in layers."""
         return {layer: plan.route for layer, plan in enumerate(self._active.plan) if plan is not None}
 
     # -- adapters ---------------------------------------------------------------------------------------------------
