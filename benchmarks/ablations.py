@@ -81,8 +81,8 @@ def variants(num_layers: int) -> Iterator[Variant]:
     deep = BASES["VPT-Deep"]
     for location in ("prepend", "pixel", "add", "add-shared"):
         yield Variant("Location", location, with_config(deep, location=location))
-    yield Variant("Location", "border", with_config(deep, location="border", num_tokens=BORDER), 2 * BORDER)
-    yield Variant("Location", "channel", with_config(deep, location="channel", num_tokens=3))
+    yield Variant("Location", "border", with_config(deep, location="border", deep=False, num_tokens=BORDER), 2 * BORDER)
+    yield Variant("Location", "channel", with_config(deep, location="channel", deep=False, num_tokens=3))
     for pooling in ("default", "image", "prompt", "global"):
         yield Variant("Pooling", pooling, with_config(deep, pooling=pooling))
     for init in ("uniform", "normal"):
