@@ -102,6 +102,19 @@ def load_back(vpt: VPTModel, folder: Path) -> None:
             assert torch.equal(tensor, saved[name]), f"{way} left {name} as it was"
 
 
+def init_prompts(vpt: VPTModel, build: Callable[[], Tiny]) -> dict[str, Tensor]:
+    """Prompts that start as tokens, where each process sees other images. The model then computes with them."""
+    tiny, rank = build(), distributed.get_rank()
+    torch.manual_seed(rank)
+    vpt.init_prompts([tiny.pixel_values + rank])
+    found = get_adapter_state_dict(vpt)
+    alone = tiny.prompted(**CONFIGS["deep"])
+    set_adapter_state_dict(alone, found)
+    with torch.no_grad():
+        torch.testing.assert_close(vpt(tiny.pixel_values).logits, alone(tiny.pixel_values).logits, atol=1e-5, rtol=0)
+    return {name: tensor.clone() for name, tensor in found.items() if name.startswith("prompts.")}
+
+
 WAYS = {"ddp": with_ddp, "fsdp": with_fsdp}
 
 
@@ -121,6 +134,9 @@ def main(folder: Path) -> None:
                 assert gather.call_count == (len(found) if way == "fsdp" else 0), "the adapter's tensors and no others"
                 distributed.barrier()
                 load_back(vpt, place)
+                if name == "deep":
+                    prompts = init_prompts(vpt, build)
+                    save_file(prompts, place / f"prompts-{distributed.get_rank()}.safetensors")
                 if is_main:
                     save_file(found, place / "gradients.safetensors")
     for kind, build in BUILDERS.items():

@@ -60,6 +60,18 @@ def test_two_processes_have_the_gradients_and_weights_of_one_with_the_whole_batc
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_prompts_start_as_the_same_tokens_in_all_processes(way: str, kind: str, together: Path) -> None:
+    tiny = BUILDERS[kind]()
+    vpt = tiny.prompted()
+    torch.manual_seed(0)
+    vpt.init_prompts([tiny.pixel_values])
+    expected = {name: value for name, value in get_adapter_state_dict(vpt).items() if name.startswith("prompts.")}
+    for process in range(2):
+        assert_same(load_file(together / f"{way}-{kind}-deep" / f"prompts-{process}.safetensors"), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
 def test_trainer_in_two_processes_trains_what_it_trains_in_one(kind: str, together: Path, tmp_path: Path) -> None:
     tiny = BUILDERS[kind]()
     vpt = tiny.prompted()

@@ -4,6 +4,7 @@ from .adapter import Adapter
 from .dequantize import dequantize, is_quantized
 from .labels import check_labels
 from .plan import LayerPlan, plan_layers
+from .prefix import make_keys
 from .projection_cache import ProjectionCache
 from .prompts import Prompts
 
@@ -15,5 +16,6 @@ __all__ = [
     "check_labels",
     "dequantize",
     "is_quantized",
+    "make_keys",
     "plan_layers",
 ]

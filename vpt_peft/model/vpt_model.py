@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +36,7 @@ from .arguments import (
 )
 from .backbone_checks import check_untrained, find_bare_backbone, warn_of_initialised_parts
 from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits, mix_adapters, watch_gradients
+from .initialisation import check_init, collect_tokens, evaluating, write_prompts
 from .pretrained import PreTrainedAdapterModel
 from .saving import adapter_folder, check_repository, save_adapters
 from .status import ModelStatus, get_status
@@ -400,6 +401,47 @@ class VPTModel(PreTrainedAdapterModel):
             warnings.warn(
                 f"The active adapter '{adapter_name}' was deleted; '{others[0]}' is active now.", stacklevel=2
             )
+
+    def init_prompts(
+        self, dataloader: Iterable[Any], method: str = "sample", num_images: int = 512, **kwargs: Any
+    ) -> None:
+        """Lets the prompts of the active adapter start as tokens of training images, before they are trained; the keys
+        of a prefix, as the keys of such tokens.
+
+        The prompts of a layer become vectors made of the image tokens (without ``[CLS]``) that the bare backbone has at
+        the input of that layer, independently for each layer (Wang et al., Revisiting the Power of Prompt for Visual
+        Tuning, ICML 2024). ``torch.manual_seed`` determines the result. Nothing else of the model changes. Tokens are
+        usually much larger than random prompts, so that they may need a larger learning rate.
+
+        Args:
+            dataloader: yields batches with images ``(num_images, num_channels, height, width)``: dicts with
+                ``pixel_values``, tuples or lists with the images first, or tensors; the rest of a batch is ignored.
+                Shuffle it, unless it has no more than ``num_images`` images.
+            method: ``"sample"``: random image tokens; ``"kmeans"``: the centres of k-means over 32 random image tokens
+                per prompt, which needs scikit-learn; ``"mean"``: each prompt is the mean over the image tokens of one
+                random image.
+            num_images: number of images to read. Only the tokens that ``method`` needs are kept in memory.
+            kwargs: of the forward call, such as ``interpolate_pos_encoding=True`` for images of another size.
+
+        With ``shared=True``, tokens are drawn from those of all layers with these prompts. Several processes must call
+        it together, each with as many batches, and all get the prompts of process 0.
+
+        Raises:
+            ConfigError: an argument is not valid, or the adapter has no prompts or projected ones (``projection_dim``).
+            AdapterError: a batch contains no images, there are fewer image tokens (``"mean"``: images) than prompts, or
+                tokens are not finite.
+            ImportError: scikit-learn is missing. In all cases, nothing has changed.
+        """
+        self._check_loaded()
+        adapter = self._active
+        check_init(adapter, method, num_images)
+
+        def run(images: Tensor) -> None:
+            self(images.to(self.device, self.dtype), **kwargs)
+
+        with evaluating(self), self.disable_adapter():
+            tokens = collect_tokens(run, self.backbone, adapter, dataloader, method, num_images)
+        write_prompts(adapter, self.backbone, tokens)
 
     def unload(self) -> Any:
         """Removes all adapters, hooks and overrides, and returns the original backbone."""
