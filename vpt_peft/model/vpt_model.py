@@ -265,8 +265,10 @@ class VPTModel(PreTrainedAdapterModel):
 
     @property
     def routes(self) -> dict[int, str]:
-        """``{layer: "tokens", "key_value" or "add"}``: how the prompts of the active adapter are computed, by layer.
-        Empty for ``location="border"`` and ``"channel"``, whose prompts are in the image and not in layers."""
+        """How the prompts of the active adapter are computed: ``{layer: "tokens", "key_value", "prefix" or "add"}``.
+
+        Empty for ``location="border"`` and ``"channel"``, whose prompts are in the image and not in layers.
+        """
         return {layer: plan.route for layer, plan in enumerate(self._active.plan) if plan is not None}
 
     # -- adapters ---------------------------------------------------------------------------------------------------
