@@ -59,8 +59,31 @@ def test_a_subclass_of_a_supported_class_is_supported(vit: Tiny) -> None:
 
 
 def test_a_declaration_that_does_not_fit_says_so(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ARCHITECTURES, "vit", ARCHITECTURES["vit"])  # put back afterwards
+    monkeypatch.setitem(ARCHITECTURES, "vit", [])  # put back afterwards
     heads = {"ViTForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",))}
     register_architecture(Architecture("vit", heads, norm="norm_of_another_version"))
     with pytest.raises(UnsupportedModelError, match="does not match the declaration of 'vit'"):
         get_vpt_model(vit.model, PromptConfig())
+
+
+def test_the_first_declaration_that_fits_is_used(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "vit", list(ARCHITECTURES["vit"]))
+    heads = {"ViTForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",))}
+    register_architecture(Architecture("vit", heads, norm="norm_of_another_version"))
+    assert get_vpt_model(vit.model, PromptConfig()).routes == dict.fromkeys(range(4), "key_value")
+
+
+@pytest.mark.parametrize("change", [{"mlp": "mlp.fc1"}, {"o_proj": "q_proj"}, {"mlp_norm": "layernorm_before"}])
+def test_a_declaration_that_overlooks_parameters_is_refused(
+    vit: Tiny, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "vit", [])
+    heads = {"ViTForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",))}
+    register_architecture(Architecture("vit", heads, **change))
+    with pytest.raises(UnsupportedModelError, match=r"declaration of 'vit' overlooks .* of ViTLayer"):
+        get_vpt_model(vit.model, PromptConfig())
+
+
+def test_a_checkpoint_of_another_family_in_a_vit_is_a_vit(vit: Tiny) -> None:
+    vit.model.config.model_type = "vit_mae"  # as from_pretrained leaves it for MAE, MSN and DeiT checkpoints
+    assert get_vpt_model(vit.model, PromptConfig()).backbone.model_type == "vit"

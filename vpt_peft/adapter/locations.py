@@ -81,7 +81,7 @@ def count_tokens(backbone: Backbone, layer: int) -> int:
     for merging in backbone.mergings:
         if merging < layer:
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    return backbone.architecture.num_prefix_tokens + rows * columns
+    return backbone.num_prefix_tokens + rows * columns
 
 
 def _padded_size(backbone: Backbone) -> tuple[int, int]:

@@ -97,7 +97,8 @@ def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, de
             raise ConfigError(f"{type(backbone.model).__name__} needs at least one label, got num_labels=0.")
         return nn.Identity()  # as transformers does
     if isinstance(layer, nn.Linear | nn.Identity):
-        return nn.Linear(backbone.num_features, num_labels, device=device)
+        num_features = layer.in_features if isinstance(layer, nn.Linear) else backbone.num_features
+        return nn.Linear(num_features, num_labels, device=device)
     if isinstance(layer, nn.Conv2d):
         return nn.Conv2d(layer.in_channels, num_labels, kernel_size=1, device=device)
     raise ConfigError(

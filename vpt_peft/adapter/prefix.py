@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,13 @@ def draw_keys(keys: Tensor, config: PromptConfig, layer: Layer, patch_size: int)
 
 
 def make_keys(layer: Layer, tokens: Tensor) -> Tensor:
-    """The keys that a layer makes of tokens: ``k_proj(norm(tokens))``, ``(num_tokens, num_heads · head_dim)``."""
-    projection = layer.part("k_proj")
-    if is_quantized(projection):  # some are packed, for good, when they are called
-        projection = dequantize(clone(projection), "k_proj")
+    """The keys that a layer makes of tokens ``(num_tokens, width)``: ``(num_tokens, num_heads · head_dim)``."""
     normalized = layer.part("norm")(layer.to_layer(tokens))
-    return projection(normalized.to(projection.weight.dtype))
+    projection = layer.part("k_proj")
+    if projection is not None and is_quantized(projection):  # some are packed, for good, when they are called
+        dense: Any = dequantize(clone(projection), "k_proj")
+        keys = dense(normalized.to(dense.weight.dtype))
+    else:
+        (keys,) = layer.project("k", normalized)
+    heads = keys.unflatten(-1, (-1, layer.head_dim)).transpose(-3, -2)
+    return layer.normalize("k", heads).transpose(-3, -2).flatten(-2)

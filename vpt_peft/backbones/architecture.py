@@ -19,6 +19,10 @@ class Head:
         layers_read: for heads that read intermediate layers and not the final norm: given the model, the number of
             leading layers that are read. Prompts and biases of later layers would have no effect. None: all layers,
             through the final norm.
+        encoder: path of the encoder in the model; None: ``model.base_model``.
+        joins_class_token: the classifier reads ``[CLS]`` joined with the pooled tokens (DINOv2), twice the width.
+        normed: the classifier reads tokens behind the final norm; False: in front of it (CLIP).
+        unread: modules of the model without effect on the outputs, whose biases are not trained.
     """
 
     task_type: str
@@ -26,6 +30,10 @@ class Head:
     outputs: tuple[str, ...] | None = None
     own_loss: bool = False
     layers_read: Callable[[Any], int] | None = None
+    encoder: str | None = None
+    joins_class_token: bool = False
+    normed: bool = True
+    unread: tuple[str, ...] = ()
 
     @property
     def label_layers(self) -> tuple[str, ...]:
@@ -39,20 +47,32 @@ class Head:
 class Architecture:
     """Where a family of vision transformers keeps the modules that VPT needs. All names are attribute paths.
 
+    Each parameter of a layer must belong to one of the parts, so that none is overlooked.
+
     Args:
-        model_type: ``config.model_type`` of the family.
+        model_type: ``model_type`` of the family's config class.
         heads: ``{model class name: Head}`` of the supported classes.
-        layers: the list of layers, or of stages if ``blocks`` is given, relative to the encoder (``model.base_model``).
+        layers: the list of layers, or of stages if ``blocks`` is given, relative to the encoder.
         final_norm: the norm after the last layer, relative to the encoder.
         norm: the norm before the attention, relative to a layer, as the following are.
-        attention: the attention module; ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` are relative to it.
-        mlp_norm, mlp: the second half of a layer.
+        attention: the attention module; the next fields are relative to it.
+        q_proj, k_proj, v_proj, o_proj: linear layers of queries, keys, values and output.
+        qkv: one linear layer for queries, keys and values, in place of the three; ``q_bias`` and ``v_bias`` are its
+            separate biases, which may be None.
+        q_norm, k_norm: norms of queries and keys, by head or over all heads; the modules may be None.
+        caller: the module that calls the attention function, if it is inside of ``attention``.
+        uses_sdpa: that module calls ``F.scaled_dot_product_attention`` itself, and not the function that transformers
+            has for an attention implementation.
+        mlp_norm, mlp: the second half of a layer; ``mlp`` may be several modules, called one after the other.
         attention_scale, mlp_scale: LayerScale of the two residual branches, a parameter or a module.
+        unused: parameters and modules of a layer that have no effect on prompts, such as position biases.
         pooled_norm: the norm applied to the mean over tokens before the classifier, relative to the encoder; the
             attribute may be None.
-        num_prefix_tokens: number of tokens before the patches (``[CLS]``).
+        num_prefix_tokens: number of tokens before the patches (``[CLS]``, registers), or a function of the encoder.
+        patch_size: side of a patch in pixels, as a function of the encoder; None: ``encoder.config.patch_size``.
         patch_projection: the convolution that embeds patches, relative to the encoder.
         patch_norm: the norm after it, likewise; None: there is none.
+        input_dims: number of dimensions of ``pixel_values``.
         blocks: for window attention (Swin): the list of layers, relative to a stage.
         merging: the patch merging after the last layer of a stage, relative to the stage, with submodules ``norm`` and
             ``reduction``; None in the last stage.
@@ -72,14 +92,24 @@ class Architecture:
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
     o_proj: str = "o_proj"
+    qkv: str | None = None
+    q_bias: str | None = None
+    v_bias: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    caller: str | None = None
+    uses_sdpa: bool = False
     mlp_norm: str = "layernorm_after"
-    mlp: str = "mlp"
+    mlp: str | tuple[str, ...] = "mlp"
     attention_scale: str | None = None
     mlp_scale: str | None = None
+    unused: tuple[str, ...] = ()
     pooled_norm: str | None = None
-    num_prefix_tokens: int = 1
+    num_prefix_tokens: int | Callable[[Any], int] = 1
+    patch_size: Callable[[Any], int] | None = None
     patch_projection: str = "embeddings.patch_embeddings.projection"
     patch_norm: str | None = None
+    input_dims: int = 4
     blocks: str | None = None
     merging: str | None = None
     overwrites_settings: bool = False
@@ -87,9 +117,14 @@ class Architecture:
     backbones: tuple[str, ...] = ()
 
 
-ARCHITECTURES: dict[str, Architecture] = {}
+ARCHITECTURES: dict[str, list[Architecture]] = {}
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Registers a model family for :func:`~vpt_peft.get_vpt_model`, replacing an earlier declaration of it."""
-    ARCHITECTURES[architecture.model_type] = architecture
+    """Registers a model family for :func:`~vpt_peft.get_vpt_model`.
+
+    A family may have several declarations, for versions of transformers that keep its parts in different places: the
+    first that fits a model is used, and the last registered is tried first.
+    """
+    declared = ARCHITECTURES.setdefault(architecture.model_type, [])
+    declared.insert(0, architecture)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError, safe_repr
+from ..errors import UnsupportedModelError, safe_repr, truncate_list
 from .architecture import ARCHITECTURES, Architecture, Head
 
-IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-PARTS = ("norm", "attention", *IN_ATTENTION, "mlp_norm", "mlp")
+MAX_LISTED = 5
+IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv", "o_proj", "q_bias", "v_bias", "q_norm", "k_norm", "caller")
+OPTIONAL = ("attention_scale", "mlp_scale", "q_bias", "v_bias", "q_norm", "k_norm")  # their attributes may be None
 
 
 class Layer:
@@ -29,14 +31,25 @@ class Layer:
         self.index = index
         self.module = module
         self.architecture = architecture
-        paths = {name: getattr(architecture, name) for name in PARTS}
-        paths |= {name: f"{architecture.attention}.{paths[name]}" for name in IN_ATTENTION}
-        self._paths = {name: tuple(path.split(".")) for name, path in paths.items()}
+        declared = {name: getattr(architecture, name) for name in ("norm", "attention", "mlp_norm", *OPTIONAL[:2])}
+        skipped = ("q_proj", "k_proj", "v_proj") if architecture.qkv else ("qkv",)
+        for name in IN_ATTENTION:
+            path = None if name in skipped else getattr(architecture, name)
+            declared[name] = f"{architecture.attention}.{path}" if path else None
+        declared["caller"] = declared["caller"] or architecture.attention
+        mlp = (architecture.mlp,) if isinstance(architecture.mlp, str) else architecture.mlp
+        declared |= {f"mlp {index}": path for index, path in enumerate(mlp)}
+        self.paths: dict[str, str] = {name: path for name, path in declared.items() if path}
+        self._attributes = {name: tuple(path.split(".")) for name, path in self.paths.items()}
+        self._mlp = [name for name in self.paths if name.startswith("mlp ")]
 
     def part(self, name: str) -> Any:
-        """The module declared as ``name``."""
+        """The module or parameter declared as ``name``; None where nothing is declared."""
+        attributes = self._attributes.get(name)
+        if attributes is None:
+            return None
         module = self.module
-        for attribute in self._paths[name]:
+        for attribute in attributes:
             module = getattr(module, attribute)
         return module
 
@@ -48,12 +61,57 @@ class Layer:
     @property
     def key_width(self) -> int:
         """Width of the keys and values of all heads, ``num_heads · head_dim``."""
+        if "qkv" in self.paths:
+            return int(self.part("qkv").out_features) // 3
         return int(self.part("k_proj").out_features)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head; only where keys have a norm, else any divisor of :attr:`key_width` serves as well."""
+        weight = getattr(self.part("k_norm"), "weight", None)
+        return self.key_width if weight is None else int(weight.shape[-1])
 
     def to_layer(self, tokens: Tensor) -> Tensor:
         """Tokens on this layer's device and in its precision."""
         weight = self.part("norm").weight
         return tokens.to(weight.device, weight.dtype)
+
+    def project(self, names: Sequence[str], tokens: Tensor) -> list[Tensor]:
+        """Queries ``"q"``, keys ``"k"`` or values ``"v"`` of tokens behind the norm, in front of their own norms.
+
+        Args:
+            tokens: ``(..., width)``.
+
+        Returns:
+            ``(..., num_heads · head_dim)`` for each name.
+        """
+        if "qkv" not in self.paths:
+            return [self.part(f"{name}_proj")(tokens) for name in names]
+        fused = dict(zip("qkv", self.part("qkv")(tokens).chunk(3, dim=-1), strict=True))
+        for name in ("q", "v"):
+            bias = self.part(f"{name}_bias")
+            if bias is not None:
+                fused[name] = fused[name] + bias
+        return [fused[name] for name in names]
+
+    def projecting_modules(self, names: Sequence[str]) -> list[nn.Module]:
+        """The modules whose parameters :meth:`project` reads."""
+        return [self.part("attention")] if "qkv" in self.paths else [self.part(f"{name}_proj") for name in names]
+
+    def normalize(self, name: str, heads: Tensor) -> Tensor:
+        """Queries ``"q"`` or keys ``"k"`` behind their norm, where the family has one.
+
+        Args:
+            heads: ``(..., num_heads, num_tokens, head_dim)``.
+        """
+        norm = self.part(f"{name}_norm")
+        weight = getattr(norm, "weight", None)
+        if norm is None or weight is None:
+            return heads
+        if weight.shape[-1] == heads.shape[-1]:
+            return cast(Tensor, norm(heads))
+        joined = norm(heads.transpose(-3, -2).flatten(-2))
+        return cast(Tensor, joined.unflatten(-1, (heads.shape[-3], -1)).transpose(-3, -2))
 
     def finish(self, tokens: Tensor, attention_output: Tensor) -> Tensor:
         """The rest of the layer after the attention: both residual branches and the MLP.
@@ -63,14 +121,26 @@ class Layer:
             attention_output: output of the attention's ``o_proj``, ``(..., width)``.
         """
         tokens = tokens + self._scale("attention_scale", attention_output)
-        return tokens + self._scale("mlp_scale", self.part("mlp")(self.part("mlp_norm")(tokens)))
+        branch = self.part("mlp_norm")(tokens)
+        for name in self._mlp:
+            branch = self.part(name)(branch)
+        return tokens + self._scale("mlp_scale", branch)
 
     def _scale(self, name: str, tokens: Tensor) -> Tensor:
-        path = getattr(self.architecture, name)
-        if path is None:
+        scale = self.part(name)
+        if scale is None:
             return tokens
-        scale = attrgetter(path)(self.module)
-        return scale(tokens) if isinstance(scale, nn.Module) else scale * tokens
+        return cast(Tensor, scale(tokens) if isinstance(scale, nn.Module) else scale * tokens)
+
+    def undeclared(self) -> list[str]:
+        """Names of its parameters that belong to no declared part."""
+        inside = [path for name, path in self.paths.items() if name not in ("attention", "caller")]
+        known = (*inside, *self.architecture.unused)
+        return [
+            name
+            for name, _ in self.module.named_parameters()
+            if not any(name == path or name.startswith(f"{path}.") for path in known)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +174,15 @@ class Backbone:
     @property
     def unread_modules(self) -> set[nn.Module]:
         """Modules whose output does not reach the head."""
+        named = [
+            self.model.get_submodule(path) for path in self.head.unread if attrgetter(path)(self.model) is not None
+        ]
         if self.head.layers_read is None:
-            return set()
+            return {module for root in named for module in root.modules()}
         layers, mergings = _find_layers(self.encoder, self.architecture, None)
         unread = [layer.module for layer in layers[len(self.layers) :]]
         unread += [merging for index, merging in mergings.items() if index not in self.mergings]
-        return {module for root in (*unread, self.final_norm) for module in root.modules()}
+        return {module for root in (*named, *unread, self.final_norm) for module in root.modules()}
 
     @property
     def pooled_norm(self) -> Any:
@@ -120,11 +193,19 @@ class Backbone:
     @property
     def model_type(self) -> str:
         """Family of the model; the inner backbone may be of another."""
-        return str(self.model.config.model_type)
+        return str(_model_type(self.model))
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens before the patches."""
+        number = self.architecture.num_prefix_tokens
+        return number if isinstance(number, int) else number(self.encoder)
 
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
+        if self.architecture.patch_size is not None:
+            return self.architecture.patch_size(self.encoder)
         size = self.encoder.config.patch_size
         return int(size) if isinstance(size, int) else int(size[0])
 
@@ -175,51 +256,85 @@ def find_backbone(model: nn.Module) -> Backbone:
             f"Expected a model, got {safe_repr(model)}. Load it first, for example by "
             "AutoModelForImageClassification.from_pretrained(name)."
         )
-    declared = _find_architecture(model)
-    head = _find_head(model, declared.heads) if declared else None
-    if declared is None or head is None:
-        supported = ", ".join(name for known in ARCHITECTURES.values() for name in known.heads)
+    declared = ARCHITECTURES.get(_model_type(model) or "", [])
+    fitting = [(one, head) for one in declared if (head := _find_head(model, one.heads)) is not None]
+    if not fitting:
+        supported = ", ".join(_supported_classes())
         raise UnsupportedModelError(
             f"Expected a vision transformer among {supported}; got {type(model).__name__}. "
             "Other architectures can be declared with vpt_peft.register_architecture."
         )
+    errors: list[UnsupportedModelError] = []
+    for architecture, head in fitting:
+        try:
+            return _build(model, architecture, head)
+        except UnsupportedModelError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _build(model: Any, declared: Architecture, head: Head) -> Backbone:
+    """The parts of a model. Raises UnsupportedModelError if the declaration does not fit."""
     try:
-        head = replace(head, paths=tuple(path for path in head.paths if attrgetter(path)(model) is not None))
-        inner, architecture = _find_inner(model, declared)
-        encoder: Any = inner.base_model
-        layers, mergings = _find_layers(encoder, architecture, head.layers_read(model) if head.layers_read else None)
-        if not layers:
-            raise UnsupportedModelError(
-                f"The outputs of {type(model).__name__} must include at least one layer, got the embeddings alone. "
-                "Choose other out_features or out_indices."
-            )
-        backbone = Backbone(model, encoder, architecture, head, layers, mergings)
-        _check_parts(backbone)
+        return _find_parts(model, declared, head)
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not match the declaration of '{declared.model_type}': {error}. "
             "Use a supported version of transformers, or declare it with vpt_peft.register_architecture."
         ) from error
+
+
+def _find_parts(model: Any, declared: Architecture, head: Head) -> Backbone:
+    head = replace(head, paths=tuple(path for path in head.paths if attrgetter(path)(model) is not None))
+    inner, architecture = _find_inner(model, declared)
+    encoder: Any = inner.base_model if head.encoder is None else inner.get_submodule(head.encoder)
+    layers, mergings = _find_layers(encoder, architecture, head.layers_read(model) if head.layers_read else None)
+    if not layers:
+        raise UnsupportedModelError(
+            f"The outputs of {type(model).__name__} must include at least one layer, got the embeddings alone. "
+            "Choose other out_features or out_indices."
+        )
+    backbone = Backbone(model, encoder, architecture, head, layers, mergings)
+    _check_parts(backbone)
     return backbone
 
 
 def _check_parts(backbone: Backbone) -> None:
-    """Raises AttributeError if a declared part does not exist."""
+    """Checks that all declared parts exist, and that no parameter of a layer is overlooked.
+
+    Raises:
+        AttributeError: a part does not exist.
+        UnsupportedModelError: a parameter belongs to no part.
+    """
     for layer in backbone.layers:
-        for name in PARTS:
-            layer.part(name)
-        _ = layer.part("attention").config  # names the attention implementation
-        for scale in (backbone.architecture.attention_scale, backbone.architecture.mlp_scale):
-            if scale is not None:
-                attrgetter(scale)(layer.module)
+        for name, path in layer.paths.items():
+            if layer.part(name) is None and name not in OPTIONAL:
+                raise AttributeError(f"'{path}' of {type(layer.module).__name__} is None")
+        if not backbone.architecture.uses_sdpa:
+            _ = layer.part("caller").config  # names the attention implementation
+        undeclared = layer.undeclared()
+        if undeclared:
+            raise UnsupportedModelError(
+                f"Each parameter of a layer must belong to a part that is declared, but the declaration of "
+                f"'{backbone.architecture.model_type}' overlooks {truncate_list(undeclared, MAX_LISTED)} of "
+                f"{type(layer.module).__name__}, so that prompts might be computed wrongly. Add them to the "
+                "declaration, or to unused if they have no effect on prompts (vpt_peft.register_architecture)."
+            )
     backbone.encoder.get_submodule(backbone.architecture.final_norm)
     for path in backbone.head.paths:
         backbone.model.get_submodule(path)
 
 
-def _find_architecture(model: nn.Module) -> Architecture | None:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+def _model_type(model: Any) -> str | None:
+    """Family of a model, that of its config's class: a checkpoint may have put another name into the config."""
+    config = getattr(model, "config", None)
+    model_type = getattr(type(config), "model_type", None) or getattr(config, "model_type", None)
+    return model_type if isinstance(model_type, str) else None
+
+
+def _supported_classes() -> list[str]:
+    """Names of all supported model classes, each once."""
+    return list(dict.fromkeys(name for known in ARCHITECTURES.values() for one in known for name in one.heads))
 
 
 def _find_head(model: nn.Module, heads: dict[str, Head]) -> Head | None:
@@ -232,13 +347,13 @@ def _find_inner(model: Any, declared: Architecture) -> tuple[Any, Architecture]:
     if declared.backbone is None:
         return model, declared
     inner = model.get_submodule(declared.backbone)
-    architecture = _find_architecture(inner)
-    if architecture is None or not any(cls.__name__ in declared.backbones for cls in type(inner).__mro__):
+    known = ARCHITECTURES.get(_model_type(inner) or "", [])
+    if not known or not any(cls.__name__ in declared.backbones for cls in type(inner).__mro__):
         raise UnsupportedModelError(
             f"{type(model).__name__} is supported with a backbone among {', '.join(declared.backbones)}; "
             f"got {type(inner).__name__}. Others can be declared with vpt_peft.register_architecture."
         )
-    return inner, architecture
+    return inner, known[0]
 
 
 def _find_layers(

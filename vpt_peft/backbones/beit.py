@@ -30,5 +30,6 @@ register_architecture(
         attention_scale="lambda_1",
         mlp_scale="lambda_2",
         pooled_norm="pooler.layernorm",
+        unused=("relative_position_bias",),
     )
 )

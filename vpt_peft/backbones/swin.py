@@ -28,5 +28,6 @@ register_architecture(
         blocks="blocks",
         merging="downsample",
         overwrites_settings=True,
+        unused=("attention.relative_position_bias",),
     )
 )

@@ -28,6 +28,7 @@ Zhang et al., LLaMA-Adapter, 2023; cross-attention to prompts, Huang et al., CVP
 The prompts are kept beside the image tokens, not among them, so that the shapes of hidden states stay the backbone's.
 The attention module looks up its implementation by name in ``module.config``; :class:`AttentionOverride` puts
 :func:`prompt_attention` in its place, which appends the prompts and calls the implementation that the user has set.
+Where a module calls ``F.scaled_dot_product_attention`` itself, :class:`SdpaOverride` catches that call.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ..backbones import Layer
+from ..backbones import Backbone, Layer
 from .context import LayerContext, activate_alone, current_layer
 from .masks import pad_mask
-from .overrides import AttributeProxy
+from .overrides import AttributeProxy, ForwardOverride
 from .prompt_batch import LayerPrompts, PromptBatch, batch_prompts, gather_prefixes, gather_prompts
 
 NAME = "vpt_peft"
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class AttentionOverride:
@@ -59,7 +61,7 @@ class AttentionOverride:
     """
 
     def __init__(self, layer: Layer) -> None:
-        self.module = layer.part("attention")
+        self.module = layer.part("caller")
         self.config = self.module.config
         self.bare_module = AttributeProxy(self.module, config=self.config)
         self.eager: Any = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
@@ -73,70 +75,112 @@ class AttentionOverride:
         self.module.config = self.config
 
     @property
-    def attend(self) -> Attention:
+    def function(self) -> AttentionFunction:
         """The attention function that the user has set."""
-        function: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager
+        )
         return function
+
+
+class SdpaOverride(ForwardOverride):
+    """Routes the calls that one attention module makes to ``F.scaled_dot_product_attention`` to :func:`attend`."""
+
+    def __init__(self, backbone: Backbone, layer: Layer) -> None:
+        super().__init__(backbone, layer.part("caller"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if current_layer() is None:
+            return self.forward(*args, **kwargs)
+        with PromptSdpa():
+            return self.forward(*args, **kwargs)
+
+
+class PromptSdpa(TorchFunctionMode):
+    """While it is open, ``F.scaled_dot_product_attention`` attends to prompts too."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        kwargs |= dict(zip(names, args, strict=False))
+        query, key, value = (kwargs.pop(name) for name in names[:3])
+
+        def plain(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, None]:
+            return function(query, key, value, attn_mask=mask, **kwargs).transpose(1, 2), None
+
+        mask = kwargs.pop("attn_mask", None)
+        return attend(plain, query, key, value, mask, kwargs.get("scale"))[0].transpose(1, 2)
 
 
 def prompt_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: the one that the user has set, with prompts; see :func:`attend`."""
+    override: AttentionOverride = module.config.override  # type: ignore[union-attr, assignment]
+    function = partial(override.function, override.bare_module, **kwargs)
+    return attend(function, query, key, value, attention_mask, kwargs.get("scaling"))
+
+
+def attend(
+    function: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None
+) -> tuple[Tensor, Tensor | None]:
     """Attention of image tokens to image tokens and prompts.
 
     Args:
-        module: the attention module.
+        function: attention without prompts: ``function(query, key, value, mask)``, with the same result.
         query, key, value: of the image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
-        attention_mask: as the implementation set by the user takes it.
+        mask: as the function takes it.
+        scaling: factor of the products of queries and keys; None: ``head_dim ** -0.5``.
 
     Returns:
         The output ``(num_images · num_windows, num_tokens, num_heads, head_dim)``, and the attention weights of the
-        image's queries, if the implementation returns them, with the prompts as the last keys.
+        image's queries, if the function returns them, with the prompts as the last keys.
     """
-    override: AttentionOverride = module.config.override  # type: ignore[union-attr, assignment]
-    attend = partial(override.attend, override.bare_module)
     context = current_layer()
     # Swin on an image smaller than its window: the backbone's own code raises the error
-    fits = not isinstance(attention_mask, Tensor) or attention_mask.shape[-1] == query.shape[2]
+    fits = not isinstance(mask, Tensor) or mask.shape[-1] == query.shape[2]
     if context is None or not fits or not context.forward.has_prompts(context.layer.index):
-        return attend(query, key, value, attention_mask, **kwargs)
+        return function(query, key, value, mask)
 
     context.attention_ran = True
-    prompts = gather_prompts(context)
-    prefixes = gather_prefixes(context, query.device)
+    prompts, prefixes = gather_prompts(context), gather_prefixes(context, query.device)
     if prompts:
-        output, weights = attend_to_tokens(context, prompts, attend, query, key, value, attention_mask, **kwargs)
+        output, weights = attend_to_tokens(context, prompts, function, query, key, value, mask)
     else:
-        output, weights = attend(query, key, value, attention_mask, **kwargs)
+        output, weights = function(query, key, value, mask)
     if prefixes:
-        output = attend_to_prefixes(output, query, prefixes, context.forward.num_images, kwargs.get("scaling"))
+        output = attend_to_prefixes(output, query, prefixes, context.forward.num_images, scaling)
     return output, weights
 
 
 def attend_to_tokens(
     context: LayerContext,
     prompts: Sequence[LayerPrompts],
-    attend: Attention,
+    function: AttentionFunction,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
+    mask: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention in which prompts are tokens, by either route; see :func:`prompt_attention`."""
-    num_images, num_tokens = context.forward.num_images, query.shape[2]
+    """Attention in which prompts are tokens, by either route; see :func:`attend`."""
+    layer, num_images, num_tokens = context.layer, context.forward.num_images, query.shape[2]
     batch = batch_prompts(prompts, num_images)
     needs_output = any(own.needs_output for own in prompts)
-    mask = pad_mask(attention_mask, query, batch.num_tokens, needs_output, batch.valid_mask)
-    names = ("k_proj", "v_proj", "q_proj") if needs_output else ("k_proj", "v_proj")
-    projections = project_prompts(context, names, batch, prompts)
-    key = batch.append(key, projections[0], num_images)
-    value = batch.append(value, projections[1], num_images)
-    if not needs_output:
-        return attend(query, key, value, mask, **kwargs)
+    names = "qkv" if needs_output else "kv"
+    projected = dict(zip(names, project_prompts(context, names, batch, prompts), strict=True))
 
-    query = batch.append(query, projections[2], num_images)
-    output, weights = attend(query, key, value, mask, **kwargs)
+    def append(name: str, image: Tensor) -> Tensor:
+        heads = layer.normalize(name, batch.split_heads(projected[name], image))
+        return batch.append(image, heads, num_images)
+
+    mask = pad_mask(mask, query, batch.num_tokens, needs_output, batch.valid_mask)
+    key, value = append("k", key), append("v", value)
+    if not needs_output:
+        return function(query, key, value, mask)
+
+    output, weights = function(append("q", query), key, value, mask)
     prompt_output = output[:, num_tokens:].flatten(2).unflatten(0, (num_images, -1)).mean(1)
     finish_prompts(context, prompts, prompt_output)
     return output[:, :num_tokens], weights if weights is None else weights[:, :, :num_tokens]
@@ -145,20 +189,19 @@ def attend_to_tokens(
 def project_prompts(
     context: LayerContext, names: Sequence[str], batch: PromptBatch, prompts: Sequence[LayerPrompts]
 ) -> list[Tensor]:
-    """Keys, values and queries of the prompts.
+    """Queries, keys or values of the prompts, in front of their own norms.
 
     Args:
-        names: projections of the layer, such as ``"k_proj"``.
+        names: some of ``"q"``, ``"k"``, ``"v"``.
 
     Returns:
         One tensor ``(1 or num_images, total, num_heads · head_dim)`` for each name.
     """
     layer = context.layer
-    norm, projections = layer.part("norm"), [layer.part(name) for name in names]
+    norm = layer.part("norm")
 
     def compute(tokens: Tensor) -> list[Tensor]:
-        normalized = norm(tokens)
-        return [projection(normalized) for projection in projections]
+        return layer.project(names, norm(tokens))
 
     if context.forward.mixes_biases:
         parts = []
@@ -169,7 +212,8 @@ def project_prompts(
     cache = prompts[0].batch.cache
     if cache is None or not prompts[0].fresh:
         return compute(batch.tokens)
-    return cache.get(layer.index, batch.tokens, (norm, *projections), partial(compute, batch.tokens))
+    modules = (norm, *layer.projecting_modules(names))
+    return cache.get(layer.index, batch.tokens, modules, partial(compute, batch.tokens))
 
 
 def finish_prompts(context: LayerContext, prompts: Sequence[LayerPrompts], attention_output: Tensor) -> None:

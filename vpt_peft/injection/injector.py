@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backbones import Backbone
 from ..errors import RouteError, UnsupportedModelError
-from .attention import AttentionOverride
+from .attention import AttentionOverride, SdpaOverride
 from .hooks import LayerHook, PatchMergingHook
 from .overrides import EntryOverride, ForwardOverride, HeadOverride, ModuleOverride
 
@@ -99,7 +99,8 @@ class Injector:
                 self._inject(EntryOverride(backbone, entry), paths[entry])
             for layer in backbone.layers:
                 self._inject(LayerHook(backbone, layer), paths[layer.module])
-                self._inject(AttentionOverride(layer), paths[layer.part("attention")])
+                attention = SdpaOverride(backbone, layer) if layer.architecture.uses_sdpa else AttentionOverride(layer)
+                self._inject(attention, paths[layer.part("caller")])
             for merging in backbone.mergings.values():
                 self._inject(PatchMergingHook(backbone, merging), paths[merging])
             for path in backbone.head.paths:

@@ -55,8 +55,8 @@ def _add(tokens: Tensor, prompts: Tensor, batch: AdapterBatch) -> Tensor:
     return tokens.index_add(0, rows, prompts.expand(len(batch.rows), *tokens.shape[1:]))
 
 
-def enter_image(context: ForwardContext, images: Tensor, *others: Any) -> tuple[Any, ...]:
-    """The positional arguments of the model, with the border of ``location="border"`` around the images.
+def enter_image(context: ForwardContext, images: Tensor) -> Tensor:
+    """The images, with the border of ``location="border"`` around them.
 
     Args:
         images: ``(num_images, num_channels, height, width)``.
@@ -74,7 +74,7 @@ def enter_image(context: ForwardContext, images: Tensor, *others: Any) -> tuple[
             )
     adapter = context.batches[0].adapter  # adapters with prompts in the image are never mixed with others
     if adapter is None or not adapter.is_in_image or adapter.config.location != "border":
-        return images, *others
+        return images
     top, bottom, left, right = (
         adapter.fresh_prompts(side, context.num_images, context.backbone)
         .to(images.device, images.dtype)
@@ -82,7 +82,7 @@ def enter_image(context: ForwardContext, images: Tensor, *others: Any) -> tuple[
         for side in ("top", "bottom", "left", "right")
     )
     context.image_reached = True
-    return torch.cat([top, torch.cat([left, images, right], dim=3), bottom], dim=2), *others
+    return torch.cat([top, torch.cat([left, images, right], dim=3), bottom], dim=2)
 
 
 def project_with_channels(context: ForwardContext, adapter: Adapter, projection: Any, images: Tensor) -> Tensor:

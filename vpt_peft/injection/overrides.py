@@ -84,7 +84,7 @@ class EntryOverride(ForwardOverride):
                 return self.forward(*args, **kwargs)
         context.entered = (*context.entered, self.module)
         if self.module is self.backbone.model:
-            args = enter_image(context, *args)
+            kwargs["pixel_values"] = enter_image(context, kwargs["pixel_values"])
         output = self.forward(*args, **kwargs)
         if self.module is self.backbone.encoder and any(batch.pooling != "default" for batch in context.batches):
             context.last_hidden_state = output.last_hidden_state
@@ -177,19 +177,20 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
     """The mean over image tokens, prompts or both after the final norm, without prefix tokens.
 
     Returns:
-        ``(images of the adapter, width)``.
+        ``(images of the adapter, width)``, or twice the width for a classifier that reads ``[CLS]`` too (DINOv2).
     """
     assert context.last_hidden_state is not None  # the encoder runs before the head
-    image = batch.select(context.last_hidden_state)[:, backbone.architecture.num_prefix_tokens :]
-    norm = backbone.pooled_norm or nn.Identity()
+    hidden = batch.select(context.last_hidden_state)
+    tokens = hidden[:, backbone.num_prefix_tokens :]
     with activate_alone(context, batch):
-        if batch.pooling == "image":
-            return norm(image.mean(1))
-        assert batch.prompts is not None  # the plan makes sure of it
-        prompts = backbone.final_norm(batch.prompts)
-        if batch.pooling == "prompt":
-            return norm(prompts.mean(1))
-        return norm(torch.cat([image, prompts], dim=1).mean(1))
+        if batch.pooling != "image":
+            assert batch.prompts is not None  # the plan makes sure of it
+            prompts = backbone.final_norm(batch.prompts) if backbone.head.normed else batch.prompts
+            tokens = prompts if batch.pooling == "prompt" else torch.cat([tokens, prompts], dim=1)
+        pooled = tokens.mean(1)
+        if backbone.pooled_norm is not None:
+            pooled = backbone.pooled_norm(pooled)
+    return torch.cat([hidden[:, 0], pooled], dim=-1) if backbone.head.joins_class_token else pooled
 
 
 def merge_outputs(outputs: Sequence[Any], context: ForwardContext) -> Any:

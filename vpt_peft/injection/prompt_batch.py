@@ -49,17 +49,17 @@ class PromptBatch:
         """Number of prompts of each image, with padding, p."""
         return self.tokens.shape[1] if self.prompt_index is None else self.prompt_index.shape[1]
 
-    def append(self, image: Tensor, prompts: Tensor, num_images: int) -> Tensor:
+    def append(self, image: Tensor, heads: Tensor, num_images: int) -> Tensor:
         """Appends queries, keys or values of the prompts to those of every window of every image.
 
         Args:
             image: ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
-            prompts: ``(1 or num_images, total, num_heads · head_dim)``, of :attr:`tokens`.
+            heads: ``(1 or num_images, num_heads, p, head_dim)``, see :meth:`split_heads`.
 
         Returns:
             ``(num_images · num_windows, num_heads, num_tokens + p, head_dim)``.
         """
-        heads = self.split_heads(prompts, image)
+        heads = heads.to(image.dtype)
         num_rows = image.shape[0]
         if heads.shape[0] in (1, num_rows):
             return torch.cat([image, heads.expand(num_rows, -1, -1, -1)], dim=2)

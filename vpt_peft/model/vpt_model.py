@@ -203,7 +203,7 @@ class VPTModel(PreTrainedAdapterModel):
         if adapter_names is not None:
             num_labels = count_labels(self._adapters, adapter_names, self.base_model.config.num_labels)
         with activate(context):
-            output = self.base_model(pixel_values, return_dict=True, **kwargs)
+            output = self.base_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         if context is not None:
             self._check_layers_reached(context)
             watch_gradients(output, context)
