@@ -36,6 +36,7 @@ LAYERS = [
     "vpt_peft.training.callbacks",
     "vpt_peft.training.optimizer",
     "vpt_peft.auto",
+    "vpt_peft.check",
     "vpt_peft.model",
     "vpt_peft.model.vpt_model",
     "vpt_peft.model.saving",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         AutoVPTModelForSemanticSegmentation,
     )
     from .backbones import Architecture, Head, register_architecture
+    from .check import ArchitectureReport, check_architecture
     from .config import PromptConfig
     from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
     from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "Architecture",
+    "ArchitectureReport",
     "AutoVPTModel",
     "AutoVPTModelForFeatureExtraction",
     "AutoVPTModelForImageClassification",
@@ -43,6 +45,7 @@ __all__ = [
     "VPTModel",
     "__version__",
     "adamw",
+    "check_architecture",
     "get_adapter_state_dict",
     "get_vpt_model",
     "parameter_groups",
@@ -56,6 +59,7 @@ _MODULES = {
         "AutoVPTModelForMaskedImageModeling", "AutoVPTModelForSemanticSegmentation",
     ),
     "backbones": ("Architecture", "Head", "register_architecture"),
+    "check": ("ArchitectureReport", "check_architecture"),
     "config": ("PromptConfig",),
     "errors": ("AdapterError", "CheckpointError", "ConfigError", "RouteError", "UnsupportedModelError", "VPTError"),
     "model": ("VPTModel", "get_adapter_state_dict", "get_vpt_model", "set_adapter_state_dict"),
