@@ -111,7 +111,7 @@ def _with_noise(model: nn.Module) -> Any:
 
 
 def _compare(model: Any, config: Mapping[str, Any], inputs: dict[str, Any], bare: Tensor) -> Comparison:
-    vpt = VPTModel(model, PromptConfig(num_tokens=NUM_TOKENS, **config))
+    vpt: Any = VPTModel(model, PromptConfig(num_tokens=NUM_TOKENS, **config))
     vpt.train(False)
     adapter = vpt.adapters[vpt.active_adapter]
     for prompts in adapter.prompts.parameters():
