@@ -249,3 +249,26 @@ def test_fine_tuning_is_reproducible_for_a_seed(checkpoint: Path, tmp_path: Path
 
 def crop(part: images.ImageSet, size: int) -> images.ImageSet:
     return images.ImageSet(part.images[..., :size, :size], part.labels, part.class_names, part.preprocessing)
+
+
+# -- short runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_with_a_prefix_is_not_below_the_linear_head(tmp_path: Path) -> None:
+    """A prefix starts without effect, so that three epochs are enough to gain something and never cost anything."""
+    digits.pretrain("vit", tmp_path / "backbone", epochs=6, seed=0)
+    methods = {"linear": training.METHODS["linear"].with_rates(3e-2, None)}
+    methods |= {name: digits.SMALL_METHODS[name] for name in ("vpt-prefix", "vpt-prefix-bias")}
+    found: dict[str, list[float]] = {name: [] for name in methods}
+    for seed in (0, 1):
+        train_set, test_set = digits.new_task(seed)
+        for name, method in methods.items():
+            assert method.head_learning_rate in (None, 3e-2)  # the head learns alike in all methods
+            model = training.load_backbone(str(tmp_path / "backbone"), train_set.class_names, seed)
+            folder = tmp_path / f"{name}-{seed}"
+            result = training.tune(model, method, (train_set, test_set), training.Settings(3), seed, folder)
+            found[name].append(result.accuracy)
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    print(found)
+    assert means["vpt-prefix"] >= means["linear"], found
+    assert means["vpt-prefix-bias"] >= means["linear"], found
