@@ -17,7 +17,10 @@ BAD = [
     ({"projection_dim": 0}, "projection_dim must be at least 1, got 0."),
     ({"dropout": 1.0}, "dropout must be a number from 0 to below 1, got 1.0."),
     ({"dropout": float("nan")}, "dropout must be a number from 0 to below 1, got nan."),
-    ({"pooling": "mean"}, "pooling must be one of 'default', 'image', 'prompt', 'global', got 'mean'."),
+    (
+        {"pooling": "mean"},
+        "pooling must be one of 'default', 'image', 'prompt', 'global', 'class', 'class_and_image', 'pooled', got",
+    ),
     ({"route": "fast"}, "route must be one of 'auto', 'tokens', 'key_value', got 'fast'."),
     ({"bias": "lora_only"}, "bias must be one of 'none', 'all', got 'lora_only'."),
     ({"location": "below"}, "location must be one of 'prepend', 'add', 'add-shared', 'pixel', 'border', 'channel'"),

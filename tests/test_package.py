@@ -79,6 +79,7 @@ LAYERS = [
     "vpt_peft.adapter.prompts",
     "vpt_peft.adapter.projection_cache",
     "vpt_peft.backbones",
+    "vpt_peft.backbones.classifier",
     "vpt_peft.backbones.backbone",
     "vpt_peft.backbones.vit",
     "vpt_peft.backbones.beit",

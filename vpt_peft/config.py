@@ -10,10 +10,12 @@ from .errors import ConfigError, safe_repr
 
 TASK_TYPES = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "FEATURE_EXTRACTION")
 
+# choices of pooling for a classifier that is added
+ADDED_POOLINGS = ("class", "class_and_image", "pooled")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "kind": ("token", "prefix"),
     "init": ("uniform", "normal"),
-    "pooling": ("default", "image", "prompt", "global"),
+    "pooling": ("default", "image", "prompt", "global", *ADDED_POOLINGS),
     "location": ("prepend", "add", "add-shared", "pixel", "border", "channel"),
     "bias": ("none", "all"),
     "route": ("auto", "tokens", "key_value"),
@@ -63,7 +65,9 @@ class PromptConfig:
         init: initial distribution of the prompts: ``"uniform"``, as in the paper (a border: from 0 to 1, before it is
             normalised), or ``"normal"`` with standard deviation 0.02.
         pooling: input of the classifier: ``"default"`` (the backbone's own), or the mean over ``"image"`` tokens,
-            ``"prompt"`` tokens, or both (``"global"``), without ``[CLS]``.
+            ``"prompt"`` tokens, or both (``"global"``), without ``[CLS]``. For models without a classifier, to which
+            one is added (``task_type="IMAGE_CLASSIFICATION"``), also ``"class"`` (``[CLS]``), ``"class_and_image"``
+            (both joined), or ``"pooled"`` (the model's pooled output).
         location: where prompts enter, as in the paper's ablation. ``"prepend"``: as tokens of the sequence;
             ``"pixel"``: likewise, but learned as patches of pixels, which the frozen patch embedding projects;
             ``"add"``: a vector for each token, prefix tokens included, is added to the input of a layer;

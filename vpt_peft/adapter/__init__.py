@@ -2,7 +2,7 @@
 
 from .adapter import Adapter
 from .dequantize import dequantize, is_quantized
-from .labels import check_labels
+from .labels import check_labels, make_labels
 from .plan import LayerPlan, plan_layers
 from .prefix import make_keys
 from .projection_cache import ProjectionCache
@@ -17,5 +17,6 @@ __all__ = [
     "dequantize",
     "is_quantized",
     "make_keys",
+    "make_labels",
     "plan_layers",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..config import IN_IMAGE, PromptConfig
+from ..config import ADDED_POOLINGS, IN_IMAGE, PromptConfig
 from ..errors import ConfigError
 from .dequantize import dequantize
 from .labels import get_labels, make_labels
@@ -94,7 +94,7 @@ class Adapter(nn.Module):
             setattr(self.model_config, name, value)
         self.head, self.bias, self.modules_to_save = ModuleTree(), ModuleTree(), ModuleTree()
         for path in backbone.head.paths:
-            self.head.add(path, copy_head(backbone, path, self.num_labels, device))
+            self.head.add(path, copy_head(backbone, path, self.num_labels, device, config.pooling))
         for path, module in find_modules_to_save(config, backbone).items():
             self.modules_to_save.add(path, dequantize(clone(module), path))
         for path in self.patch_embedding if config.location == "channel" else ():
@@ -256,6 +256,17 @@ def _task_type(config: PromptConfig, backbone: Backbone) -> str:
 
 
 def _check_pooling(config: PromptConfig, backbone: Backbone) -> None:
+    if config.pooling in ADDED_POOLINGS and not backbone.has_added_classifier:
+        raise ConfigError(
+            f'pooling="{config.pooling}" needs a classifier that is added to a model without one, got '
+            f"{type(backbone.model).__name__}. Use another pooling, or the model class without a head and "
+            'task_type="IMAGE_CLASSIFICATION".'
+        )
+    if config.pooling.startswith("class") and backbone.num_prefix_tokens == 0:
+        raise ConfigError(
+            f'pooling="{config.pooling}" reads [CLS], which {type(backbone.original).__name__} does not have. '
+            'Use pooling="default", "pooled" or "image".'
+        )
     if config.pooling != "default" and backbone.head.task_type != "IMAGE_CLASSIFICATION":
         raise ConfigError(
             f'pooling="{config.pooling}" needs an image classifier, got {type(backbone.model).__name__}. '

@@ -54,12 +54,20 @@ class ModuleTree(nn.Module):
         return node._modules.get(name) if found is None else found
 
 
-def copy_head(backbone: Backbone, path: str, num_labels: int, device: torch.device) -> nn.Module:
+def copy_head(
+    backbone: Backbone, path: str, num_labels: int, device: torch.device, pooling: str = "default"
+) -> nn.Module:
     """A copy of a module of the model's head, with new output layers if the number of labels differs.
+
+    Args:
+        pooling: as in :class:`~vpt_peft.PromptConfig`, on which the width of an added classifier depends.
 
     Raises:
         ConfigError: the model's head does not have the number of outputs in its config, or cannot be copied.
     """
+    if backbone.has_added_classifier:
+        joined = 2 if pooling == "class_and_image" else 1
+        return nn.Linear(joined * backbone.num_features, num_labels, device=device)
     on_meta = device.type == "meta"
     head = dequantize(clone(backbone.model.get_submodule(path), on_meta), path, on_meta)
     for output in backbone.head.label_layers:

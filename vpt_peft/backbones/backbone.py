@@ -148,18 +148,25 @@ class Backbone:
     """A live model and its parts.
 
     Attributes:
-        model: the model as it was passed in.
+        model: the model that runs: the original, or that with a classifier.
+        original: the model as it was passed in.
         encoder: the vision transformer in it, without head.
         layers: its layers in order, as far as the head reads them.
         mergings: ``{index of the last layer of a stage: patch merging}`` between those layers.
     """
 
     model: Any
+    original: Any
     encoder: Any
     architecture: Architecture
     head: Head
     layers: tuple[Layer, ...]
     mergings: dict[int, nn.Module]
+
+    @property
+    def has_added_classifier(self) -> bool:
+        """Whether a classifier was added to the model, which has none, see :func:`~.classifier.add_classifier`."""
+        return self.original is not self.model
 
     @property
     def widths(self) -> list[int]:
@@ -294,7 +301,7 @@ def _find_parts(model: Any, declared: Architecture, head: Head) -> Backbone:
             f"The outputs of {type(model).__name__} must include at least one layer, got the embeddings alone. "
             "Choose other out_features or out_indices."
         )
-    backbone = Backbone(model, encoder, architecture, head, layers, mergings)
+    backbone = Backbone(model, model, encoder, architecture, head, layers, mergings)
     _check_parts(backbone)
     return backbone
 

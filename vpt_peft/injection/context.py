@@ -67,6 +67,7 @@ class ForwardContext:
         layers_reached: number of layers with prompts that have run so far.
         image_reached: the prompts that are part of the image have been put into it.
         last_hidden_state: output of the encoder, ``(num_images, num_tokens, width)``, where a pooling reads it.
+        pooler_output: its pooled output, ``(num_images, width)``, likewise; None if it has none.
     """
 
     backbone: Backbone
@@ -77,6 +78,7 @@ class ForwardContext:
     layers_reached: int = 0
     image_reached: bool = False
     last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
 
     def has_prompts(self, layer: int) -> bool:
         """Whether any image has prompts in a layer."""

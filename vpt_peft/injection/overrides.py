@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..adapter import is_quantized
 from ..backbones import Backbone
+from ..config import ADDED_POOLINGS
 from ..errors import RouteError
 from .context import AdapterBatch, ForwardContext, activate, activate_alone, current_forward
 from .locations import enter_image, project_with_channels
@@ -88,6 +89,7 @@ class EntryOverride(ForwardOverride):
         output = self.forward(*args, **kwargs)
         if self.module is self.backbone.encoder and any(batch.pooling != "default" for batch in context.batches):
             context.last_hidden_state = output.last_hidden_state
+            context.pooler_output = output.get("pooler_output")
         return output
 
 
@@ -174,23 +176,35 @@ class HeadOverride(ForwardOverride):
 
 
 def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone) -> Tensor:
-    """The mean over image tokens, prompts or both after the final norm, without prefix tokens.
+    """What an adapter's classifier reads by its ``pooling``: ``[CLS]``, the mean over image tokens, prompts or both, or
+    the model's pooled output.
 
     Returns:
-        ``(images of the adapter, width)``, or twice the width for a classifier that reads ``[CLS]`` too (DINOv2).
+        ``(images of the adapter, width)``; where ``[CLS]`` and the mean are joined, twice the width.
     """
+    if batch.pooling == "pooled":
+        if context.pooler_output is None:
+            raise RouteError(
+                f'pooling="pooled" needs a pooled output, but {type(backbone.original).__name__} has none. '
+                'Use pooling="default", "class" or "image".'
+            )
+        return batch.select(context.pooler_output)
     assert context.last_hidden_state is not None  # the encoder runs before the head
     hidden = batch.select(context.last_hidden_state)
-    tokens = hidden[:, backbone.num_prefix_tokens :]
+    class_token, tokens = hidden[:, 0], hidden[:, backbone.num_prefix_tokens :]
     with activate_alone(context, batch):
-        if batch.pooling != "image":
+        if batch.pooling in ("prompt", "global"):
             assert batch.prompts is not None  # the plan makes sure of it
             prompts = backbone.final_norm(batch.prompts) if backbone.head.normed else batch.prompts
             tokens = prompts if batch.pooling == "prompt" else torch.cat([tokens, prompts], dim=1)
-        pooled = tokens.mean(1)
+        mean = tokens.mean(1)
         if backbone.pooled_norm is not None:
-            pooled = backbone.pooled_norm(pooled)
-    return torch.cat([hidden[:, 0], pooled], dim=-1) if backbone.head.joins_class_token else pooled
+            mean = backbone.pooled_norm(mean)
+            class_token = backbone.pooled_norm(class_token) if batch.pooling in ADDED_POOLINGS else class_token
+    if batch.pooling == "class":
+        return class_token
+    joins = backbone.head.joins_class_token or batch.pooling == "class_and_image"
+    return torch.cat([class_token, mean], dim=-1) if joins else mean
 
 
 def merge_outputs(outputs: Sequence[Any], context: ForwardContext) -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..adapter import Adapter
-from ..backbones import Backbone, find_backbone
-from ..errors import AdapterError, truncate_list
+from ..adapter import Adapter, make_labels
+from ..backbones import Backbone, add_classifier, find_backbone
+from ..errors import AdapterError, ConfigError, truncate_list
 from ..injection import has_overrides
 from ..io import Fingerprint, take_fingerprint
 
@@ -37,6 +39,25 @@ def find_bare_backbone(model: nn.Module) -> Backbone:
             "weights (merge_and_unload()) and save the result as a checkpoint."
         )
     return find_backbone(model)
+
+
+def with_classifier(backbone: Backbone, task_type: str | None, labels: Mapping[str, Any]) -> Backbone:
+    """The backbone; with a linear classifier if that is the task of an adapter, and the model has no head.
+
+    Args:
+        labels: of the adapter.
+
+    Raises:
+        ConfigError: there are no labels.
+    """
+    if task_type != "IMAGE_CLASSIFICATION" or backbone.head.task_type != "FEATURE_EXTRACTION":
+        return backbone
+    if not any(labels.get(name) for name in ("num_labels", "id2label", "label2id")):
+        raise ConfigError(
+            f"The classifier that is added to {type(backbone.model).__name__} needs labels, got none. Give num_labels "
+            "or id2label: get_vpt_model(model, config, num_labels=5)."
+        )
+    return add_classifier(backbone, len(make_labels(backbone.model.config, labels)["id2label"]))
 
 
 def warn_of_initialised_parts(backbone: Backbone, adapter: Adapter) -> None:

@@ -23,6 +23,7 @@ from ..config import PromptConfig
 from ..errors import AdapterError, RouteError
 from ..injection import AdapterBatch, ForwardContext, Injector, activate, disable, is_disabled
 from .arguments import (
+    BASE,
     HUB_OPTIONS,
     ReadOnlyConfigs,
     check_adapter_name,
@@ -34,7 +35,7 @@ from .arguments import (
     single_name,
     storage_dtype,
 )
-from .backbone_checks import check_untrained, find_bare_backbone, warn_of_initialised_parts
+from .backbone_checks import check_untrained, find_bare_backbone, warn_of_initialised_parts, with_classifier
 from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits, mix_adapters, watch_gradients
 from .initialisation import check_init, collect_tokens, evaluating, write_prompts
 from .pretrained import PreTrainedAdapterModel
@@ -52,15 +53,18 @@ class VPTModel(PreTrainedAdapterModel):
         model: a supported vision transformer of ``transformers``; it is frozen until :meth:`unload`.
         config: configuration of the first adapter.
         adapter_name: name of the first adapter.
+        labels: as in :meth:`add_adapter`.
 
     Raises:
         UnsupportedModelError, AdapterError, ConfigError, RouteError: and the model is unchanged.
     """
 
-    def __init__(self, model: nn.Module, config: PromptConfig, adapter_name: str = "default") -> None:
+    def __init__(self, model: nn.Module, config: PromptConfig, adapter_name: str = "default", **labels: Any) -> None:
         check_adapter_name(adapter_name)
-        backbone = find_bare_backbone(model)
-        adapter = Adapter(hub.add_provenance(config, backbone), backbone)
+        pop_peft_options("get_vpt_model", labels)
+        config = hub.add_provenance(config, backbone := find_bare_backbone(model))
+        backbone = with_classifier(backbone, config.task_type, labels)
+        adapter = Adapter(config, backbone, labels)
         warn_of_initialised_parts(backbone, adapter)  # before anything is changed: warnings may be errors
         self._build(backbone, io.take_fingerprint(backbone), adapter_name, adapter, training=model.training)
 
@@ -144,8 +148,10 @@ class VPTModel(PreTrainedAdapterModel):
         dtype = storage_dtype(dtype, torch_dtype)
         source = check_options("VPTModel.from_pretrained", source, HUB_OPTIONS)
         backbone = find_bare_backbone(model)
-        fingerprint = io.take_fingerprint(backbone)
         with hub.pulled(model_id, **source) as folder:
+            with io.open_folder(folder) as saved:
+                backbone = with_classifier(backbone, saved.config.task_type, saved.labels)
+            fingerprint = io.take_fingerprint(backbone)
             adapter = io.load_adapter(folder, backbone, fingerprint if check_backbone else None, is_trainable, dtype)
         hub.warn_if_revision_differs(adapter.config, model)
         vpt = cls.__new__(cls)
@@ -202,8 +208,9 @@ class VPTModel(PreTrainedAdapterModel):
         num_labels = None  # counted now: another thread may delete an adapter during the forward pass
         if adapter_names is not None:
             num_labels = count_labels(self._adapters, adapter_names, self.base_model.config.num_labels)
+        model = self.backbone.original if disabled else self.base_model
         with activate(context):
-            output = self.base_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+            output = model(pixel_values=pixel_values, return_dict=True, **kwargs)
         if context is not None:
             self._check_layers_reached(context)
             watch_gradients(output, context)
@@ -220,6 +227,11 @@ class VPTModel(PreTrainedAdapterModel):
         if not torch.compiler.is_compiling():
             self._injector.check_modules()
         if adapter_names is not None:
+            if self.backbone.has_added_classifier and BASE in adapter_names:
+                raise AdapterError(
+                    f"{type(self.backbone.original).__name__} has no classifier of its own for images of '{BASE}'. "
+                    "Call the bare backbone for those, inside disable_adapter()."
+                )
             batches = mix_adapters(self._adapters, adapter_names, num_images)
         else:
             batches = [AdapterBatch(self._active)]
@@ -451,7 +463,7 @@ class VPTModel(PreTrainedAdapterModel):
         assert self._injector is not None
         self._injector.remove()
         self._injector = None
-        return self.base_model
+        return self.backbone.original
 
     def requires_grad_(self, requires_grad: bool = True) -> VPTModel:
         """Makes the active adapter trainable, or freezes it. The backbone stays frozen."""
@@ -466,7 +478,7 @@ class VPTModel(PreTrainedAdapterModel):
 
     def get_base_model(self) -> Any:
         """The bare backbone with its own head."""
-        return self.base_model
+        return self.backbone.original
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:  # type: ignore[override]
         """The tensors of an adapter, by default the active one; see :func:`~vpt_peft.get_adapter_state_dict`."""
@@ -475,7 +487,7 @@ class VPTModel(PreTrainedAdapterModel):
     def get_model_status(self) -> ModelStatus:
         """Adapters, and which of them is active and trains, as PEFT's ``get_model_status``."""
         trainable, total = self.get_nb_trainable_parameters()
-        model_type = type(self.base_model).__name__
+        model_type = type(self.backbone.original).__name__
         return get_status(self._adapters, self._active_adapter, not is_disabled(self), model_type, trainable, total)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -605,18 +617,21 @@ class VPTModel(PreTrainedAdapterModel):
             )  # fmt: skip
 
 
-def get_vpt_model(model: nn.Module, config: PromptConfig, adapter_name: str = "default") -> VPTModel:
+def get_vpt_model(model: nn.Module, config: PromptConfig, adapter_name: str = "default", **labels: Any) -> VPTModel:
     """Freezes a vision transformer and adds prompts and a head that are trained.
+
+    A model without a head gets a linear classifier with ``PromptConfig(task_type="IMAGE_CLASSIFICATION")`` and labels.
 
     Args:
         model: a supported model of ``transformers``, such as ``ViTForImageClassification``.
         config: what to train; ``PromptConfig()`` is VPT-Deep with 10 prompts per layer.
         adapter_name: name of the adapter.
+        labels: ``num_labels``, ``id2label``, ``label2id`` or ``problem_type`` where they differ from the model's.
 
     Raises:
         VPTError: the model or the config is not supported; the model is unchanged.
     """
-    return VPTModel(model, config, adapter_name)
+    return VPTModel(model, config, adapter_name, **labels)
 
 
 def get_adapter_state_dict(model: VPTModel, adapter_name: str = "default") -> dict[str, Tensor]:

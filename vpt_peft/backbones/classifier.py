@@ -1,0 +1,81 @@
+"""A linear classifier for models that have none."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .architecture import Head
+from .backbone import Backbone
+
+
+class BackboneForImageClassification(PreTrainedModel):
+    """A vision model with a linear classifier on ``[CLS]``, else on the model's pooled output, else on the mean over the
+    tokens.
+
+    The classifier is a template: adapters train and own theirs.
+
+    Args:
+        backbone: a model without a head.
+        num_labels: number of labels.
+    """
+
+    main_input_name = "pixel_values"
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, backbone: Backbone, num_labels: int) -> None:
+        config = copy.deepcopy(backbone.model.config)
+        config.num_labels = num_labels
+        super().__init__(config)
+        self.backbone: Any = backbone.model
+        self.classifier = nn.Linear(backbone.num_features, num_labels, device=backbone.device)
+        self.parts = (backbone,)  # in a tuple: it is no module
+        self.train(backbone.model.training)
+
+    def forward(self, pixel_values: Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Logits ``(num_images, num_labels)``, with hidden states and attentions of the model."""
+        output = self.backbone(pixel_values=pixel_values, return_dict=True, **kwargs)
+        return ImageClassifierOutput(
+            logits=self.classifier(self._features(output)),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
+
+    def _features(self, output: Any) -> Tensor:
+        """What the classifier reads, ``(num_images, width)``."""
+        (backbone,) = self.parts
+        tokens, pooled = output.last_hidden_state, output.get("pooler_output")
+        if backbone.num_prefix_tokens == 0 and isinstance(pooled, Tensor):
+            return pooled
+        features: Tensor = tokens[:, 0] if backbone.num_prefix_tokens else tokens.mean(1)
+        return features if backbone.head.normed else backbone.final_norm(features)
+
+    def get_input_embeddings(self) -> Any:
+        """The backbone's."""
+        return self.backbone.get_input_embeddings()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Sets that of the backbone."""
+        self.backbone.set_attn_implementation(*args, **kwargs)
+
+
+def add_classifier(backbone: Backbone, num_labels: int) -> Backbone:
+    """The backbone in a :class:`BackboneForImageClassification`. The model itself is not changed."""
+    unread = [*backbone.head.unread]
+    if backbone.num_prefix_tokens and getattr(backbone.model, "pooler", None) is not None:
+        unread.append("pooler")  # [CLS] is read in its place
+    head = Head("IMAGE_CLASSIFICATION", ("classifier",), unread=tuple(f"backbone.{path}" for path in unread))
+    final_norm = None if backbone.head.normed else backbone.architecture.final_norm  # comes after the mean over tokens
+    architecture, head = (
+        replace(backbone.architecture, pooled_norm=final_norm),
+        replace(head, normed=final_norm is None),
+    )
+    model = BackboneForImageClassification(backbone, num_labels)
+    return replace(backbone, model=model, architecture=architecture, head=head)
