@@ -15,7 +15,7 @@ from .backbone import Backbone
 
 
 class BackboneForImageClassification(PreTrainedModel):
-    """A vision model with a linear classifier on ``[CLS]``, else on the model's pooled output, else on the mean over the
+    """A vision model with a linear classifier on ``[CLS]``, else on its pooled output, else on the mean over the
     tokens.
 
     The classifier is a template: adapters train and own theirs.
