@@ -71,6 +71,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--validation", action="store_true", help="train on 80 %% of the training images, evaluate on the other 20 %%")
     add("--sweep", action="store_true", help="run the grid of benchmarks/settings.py, with --validation")
     add("--tuned-by", type=Path, help="output of --sweep: also run the best setting for each dataset")
+    add("--compare", action="store_true", help="tables of methods and datasets, and of the differences to LoRA")
     add("--output", type=Path, default=Path("runs/accuracy.json"), help="default: %(default)s")
     add("--resume", action="store_true", help="keep the runs of the output, and skip them")
     add("--report", action="store_true", help="no training: print tables of the output's runs")
@@ -171,6 +172,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, str]:
         return {"sweep": sweep_table(runs)}
     if args.tuned_by:
         return {"settings": settings_table(args.methods), args.mark: comparison(runs, read(args.tuned_by))}
+    if args.compare:
+        return {"settings": settings_table(args.methods), args.mark: comparison(runs)}
     return {args.mark: summary(runs)}
 
 

@@ -31,11 +31,12 @@ def summary(runs: Sequence[Run]) -> str:
     return table(rows)
 
 
-def comparison(runs: Sequence[Run], sweep: Sequence[Run]) -> str:
+def comparison(runs: Sequence[Run], sweep: Sequence[Run] = ()) -> str:
     """Tables of the accuracy on all datasets with the default settings, of its difference to LoRA, and of the accuracy
     with the best settings of the sweep.
 
-    The second one is omitted without runs of LoRA, and the last one if all runs have default settings.
+    The second one is omitted without runs of LoRA, and the last one without a sweep, or if all runs have default
+    settings.
     """
     names = list(dict.fromkeys(run["data"] for run in runs))
     methods = methods_in(runs)
@@ -53,7 +54,7 @@ def comparison(runs: Sequence[Run], sweep: Sequence[Run]) -> str:
             f"\n\nDifference to {ALL_METHODS[REFERENCE].title} in points, paired over the seeds, ± standard error:"
         )
         tables += f"\n\n{paired_table(defaults, names)}"
-    if sum(len(group) for groups in defaults.values() for group in groups) < len(runs):
+    if sweep and sum(len(group) for groups in defaults.values() for group in groups) < len(runs):
         tuned = {name: [with_best(name, data) for data in names] for name in methods}
         tables += f"\n\nBest settings of the sweep for each dataset:\n\n{comparison_table(tuned, names)}"
     return tables

@@ -303,3 +303,14 @@ def test_adapters_start_as_the_backbone_and_are_removed_again(checkpoint: Path) 
         }
         assert tuned.unload() is model
         torch.testing.assert_close(model(pixel_values).logits, bare, atol=0, rtol=0)
+
+
+def test_a_comparison_without_a_sweep_has_the_defaults_and_the_settings(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "text.md"
+    readme.write_text("<!-- settings -->\n<!-- /settings -->\n<!-- accuracy -->\n<!-- /accuracy -->\n")
+    bench("--methods", "linear", "vpt-prefix-bias", "--compare", "--readme", readme)
+    for text in (capsys.readouterr().out, readme.read_text()):
+        assert "Default settings:" in text and "Best settings" not in text and "Difference to LoRA" not in text
+        assert "0.03, biases 0.003" in text
