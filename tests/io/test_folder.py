@@ -280,7 +280,7 @@ def test_a_damaged_folder_is_refused_and_changes_nothing(
 
 # Of each field that defines an adapter's function, another value that is valid by itself.
 SEALED: dict[str, Any] = {
-    "num_tokens": 6, "deep": False, "layers_to_transform": [0, 1, 2], "carry": False, "shared": True,
+    "num_tokens": 6, "kind": "prefix", "deep": False, "layers_to_transform": [0, 1, 2], "carry": False, "shared": True,
     "projection_dim": 6, "pooling": "prompt", "location": "add", "bias": "all", "modules_to_save": ["vit.layernorm"],
     "model_type": "swin", "widths": [24] * 3,
 }  # fmt: skip

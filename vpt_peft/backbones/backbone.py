@@ -37,11 +37,11 @@ class Layer:
             path = None if name in skipped else getattr(architecture, name)
             declared[name] = f"{architecture.attention}.{path}" if path else None
         declared["caller"] = declared["caller"] or architecture.attention
-        mlp = (architecture.mlp,) if isinstance(architecture.mlp, str) else architecture.mlp
-        declared |= {f"mlp {index}": path for index, path in enumerate(mlp)}
+        mlp = architecture.mlp
+        declared |= {"mlp": mlp} if isinstance(mlp, str) else {f"mlp {index}": path for index, path in enumerate(mlp)}
         self.paths: dict[str, str] = {name: path for name, path in declared.items() if path}
         self._attributes = {name: tuple(path.split(".")) for name, path in self.paths.items()}
-        self._mlp = [name for name in self.paths if name.startswith("mlp ")]
+        self._mlp = [name for name in self.paths if name == "mlp" or name.startswith("mlp ")]
 
     def part(self, name: str) -> Any:
         """The module or parameter declared as ``name``; None where nothing is declared."""
