@@ -6,6 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from . import hub
+from .backbones import list_classes
 from .config import PromptConfig
 from .errors import CheckpointError, safe_repr
 from .io import open_folder
@@ -53,9 +54,9 @@ class AutoVPTModel:
         source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         with hub.pulled(model_id, revision=revision, subfolder=subfolder, **source) as folder:
             with open_folder(folder) as saved:
-                config = saved.config
+                config, model_class = saved.config, saved.model_class
             name = _backbone_name(cls.__name__, cls.task_type, config, model_id)
-            model = _load_backbone(name, config, model_id, {**source, **model_kwargs})
+            model = _load_backbone(name, config, model_class, model_id, {**source, **model_kwargs})
             return VPTModel.from_pretrained(model, folder, adapter_name, is_trainable, check_backbone=check_backbone)
 
 
@@ -74,7 +75,10 @@ def _backbone_name(loader: str, task_type: str | None, config: PromptConfig, mod
     return config.base_model_name_or_path
 
 
-def _load_backbone(name: str, config: PromptConfig, model_id: object, options: dict[str, Any]) -> Any:
+def _load_backbone(
+    name: str, config: PromptConfig, model_class: object, model_id: object, options: dict[str, Any]
+) -> Any:
+    """The backbone, of the class that the adapter was trained on if that is declared, else of the task's."""
     if not hub.is_folder(name) and not hub.is_repo_id(name):
         raise CheckpointError(
             f"The adapter '{model_id}' was trained on {safe_repr(name)}, which is neither an existing folder nor the "
@@ -82,7 +86,10 @@ def _load_backbone(name: str, config: PromptConfig, model_id: object, options: d
         )
     import transformers  # here, since it is needed only to load a backbone
 
-    backbone_class = getattr(transformers, hub.BACKBONE_CLASSES[str(config.task_type)])
+    task_class = getattr(transformers, hub.BACKBONE_CLASSES[str(config.task_type)])
+    backbone_class = (
+        getattr(transformers, str(model_class), task_class) if model_class in list_classes() else task_class
+    )
     options = {"trust_remote_code": False, "use_safetensors": True, "revision": config.revision or "main", **options}
     try:
         model = backbone_class.from_pretrained(name, **options)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import Tiny, logits
-from transformers import BertConfig, BertModel, ViTForImageClassification
+from helpers.models import VIT, Tiny, logits
+from transformers import (
+    BertConfig,
+    BertModel,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+)
 
 from vpt_peft import (
     AdapterError,
@@ -82,6 +92,23 @@ def test_a_declaration_that_overlooks_parameters_is_refused(
     register_architecture(Architecture("vit", heads, **change))
     with pytest.raises(UnsupportedModelError, match=r"declaration of 'vit' overlooks .* of ViTLayer"):
         get_vpt_model(vit.model, PromptConfig())
+
+
+def test_an_attention_that_calls_no_function_is_refused() -> None:
+    model = Data2VecVisionModel._from_config(Data2VecVisionConfig(**VIT), attn_implementation="eager")
+    with pytest.raises(UnsupportedModelError, match=r'Data2VecVisionModel .* Load it with attn_implementation="sdpa"'):
+        get_vpt_model(model, PromptConfig())
+
+
+def test_a_model_that_masks_patches_is_refused_and_its_checkpoint_works_in_a_vit(tmp_path: Path) -> None:
+    model = ViTMAEModel(ViTMAEConfig(**VIT))
+    with pytest.raises(UnsupportedModelError, match="among ViTForImageClassification, ViTModel; got ViTMAEModel"):
+        get_vpt_model(model, PromptConfig())
+    pretrained = ViTMAEForPreTraining(model.config)
+    pretrained.save_pretrained(tmp_path / "mae")
+    classifier = ViTForImageClassification.from_pretrained(tmp_path / "mae")
+    assert torch.equal(classifier.vit.layers[1].mlp.fc1.weight, pretrained.vit.layers[1].mlp.fc1.weight)
+    assert get_vpt_model(classifier, PromptConfig()).routes == dict.fromkeys(range(4), "key_value")
 
 
 def test_a_checkpoint_of_another_family_in_a_vit_is_a_vit(vit: Tiny) -> None:

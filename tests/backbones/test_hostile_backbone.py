@@ -39,14 +39,14 @@ def test_a_backbone_of_a_nasty_name_is_refused_and_its_card_can_be_written(
     assert len(str(error.value)) < 5_000
 
 
-@pytest.mark.parametrize("own", ["config", "weights"])
+@pytest.mark.parametrize("own", ["config", "config of a known class", "weights"])
 def test_a_backbone_is_loaded_without_running_code_of_its_own(
     own: str, vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked to allow it"))
     backbone, sprung = tmp_path / "backbone", tmp_path / "sprung"
     vit.model.save_pretrained(backbone)
-    if own == "config":
+    if own != "weights":
         said = json.loads((backbone / "config.json").read_text())
         classes = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
         (backbone / "config.json").write_text(json.dumps({**said, "model_type": "evil", "auto_map": classes}))
@@ -56,8 +56,14 @@ def test_a_backbone_is_loaded_without_running_code_of_its_own(
     else:
         torch.save({**vit.model.state_dict(), "x": MaliciousPickle(sprung)}, backbone / "pytorch_model.bin")
         (backbone / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"The backbone '.*backbone' of the adapter '.*' cannot be loaded"):
-        AutoVPTModel.from_pretrained(adapter_of(str(backbone), vit, tmp_path / "adapter"))
+    folder = adapter_of(str(backbone), vit, tmp_path / "adapter")
+    if own == "config of a known class":  # the adapter names the class of transformers that it was trained on
+        assert type(AutoVPTModel.from_pretrained(folder).get_base_model()) is type(vit.model)
+    else:
+        said = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**said, "model_class": None}))
+        with pytest.raises(CheckpointError, match=r"The backbone '.*backbone' of the adapter '.*' cannot be loaded"):
+            AutoVPTModel.from_pretrained(folder)
     assert not sprung.exists()
 
 

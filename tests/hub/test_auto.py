@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2Model,
     SwinConfig,
     SwinForMaskedImageModeling,
     ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
     pipeline,
 )
@@ -71,6 +80,32 @@ def test_other_tasks_find_their_backbone(tmp_path: Path) -> None:
             assert isinstance(loader.from_pretrained(tmp_path / "adapter").get_base_model(), build)
         with pytest.raises(CheckpointError, match="loads adapters for IMAGE_CLASSIFICATION, got task_type="):
             AutoVPTModelForImageClassification.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_finds_a_backbone_of_the_class_that_it_was_trained_on(tmp_path: Path) -> None:
+    """Not of the class that transformers loads the checkpoint into."""
+    tiny = {**VIT, "num_labels": 3}
+    for saved, trained in (
+        (ViTMAEModel(ViTMAEConfig(**tiny)), ViTForImageClassification),
+        (Dinov2Model(Dinov2Config(**tiny)), Dinov2Backbone),
+        (Blip2VisionModel(Blip2VisionConfig(**VIT)), Blip2VisionModel),
+    ):
+        saved.save_pretrained(tmp_path / "backbone")
+        trained.from_pretrained(tmp_path / "backbone").save_pretrained(tmp_path / "backbone")
+        model = trained.from_pretrained(tmp_path / "backbone")
+        model.config.architectures = [type(saved).__name__]
+        model.config.save_pretrained(tmp_path / "backbone")
+        get_vpt_model(model, PromptConfig()).save_pretrained(tmp_path / "adapter")
+        assert type(AutoVPTModel.from_pretrained(tmp_path / "adapter").get_base_model()) is trained
+
+
+def test_a_class_that_is_not_declared_is_not_loaded(trained: VPTModel, tiny: Tiny, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["model_class"] == type(tiny.model).__name__
+    for name in ("BertModel", "AutoConfig", "", None):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "model_class": name}))
+        assert type(AutoVPTModel.from_pretrained(tmp_path / "adapter").get_base_model()) is type(tiny.model)
 
 
 def test_an_adapter_without_a_named_backbone_says_so(tiny: Tiny, tmp_path: Path) -> None:

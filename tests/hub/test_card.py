@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForImageClassification,
     BeitImageProcessor,
     PreTrainedModel,
+    SwinBackbone,
     SwinConfig,
     SwinForMaskedImageModeling,
     ViTConfig,
@@ -207,6 +208,7 @@ def vit_for(problem_type: str | None, num_labels: int = 2) -> PreTrainedModel:
 TASKS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "segmentation": (lambda: tiny_beit_segmenter().model, r"\['LABEL_"),
     "features": (lambda: ViTModel(ViTConfig(**VIT)), r"torch.Size\(\[1, 17, 24\]\)"),
+    "feature maps": (lambda: SwinBackbone(SwinConfig(**SWIN)), r"\[torch.Size\(\[1, 16, 8, 8\]\)\]"),
     "masked": (
         lambda: SwinForMaskedImageModeling(SwinConfig(**SWIN, encoder_stride=8)),
         r"torch.Size\(\[1, 3, 64, 64\]\)",

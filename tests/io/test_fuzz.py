@@ -166,7 +166,8 @@ def check_loaded(vpt: VPTModel, good: Good, kind: str, folder: Path) -> None:
     loaded = vpt.active_config.to_dict()
     assert normalized(loaded) == normalized(said)
     assert said.keys() <= loaded.keys() | {
-        "id2label", "label2id", "problem_type", "model_type", "widths", "head", "fingerprint", "vpt_peft_version"
+        "id2label", "label2id", "problem_type", "model_type", "widths", "model_class", "head", "fingerprint",
+        "vpt_peft_version",
     }  # fmt: skip
     labels = vpt.adapters[vpt.active_adapter].labels()
     assert {str(number): name for number, name in labels["id2label"].items()} == said["id2label"]

@@ -198,9 +198,10 @@ TRICKS |= {
     f"the type {dtype!r}": (entry(dtype=dtype), f"of another type|{NO_WEIGHTS}") for dtype in DTYPES if dtype != "F32"
 }
 WRONG: list[Any] = [None, -1, 0.5, "x", "", [], {}, [None], {"a": 1}, [[]], *HUGE]
-FIELDS = sorted(
-    {*PromptConfig().to_dict(), "id2label", "label2id", "problem_type", "model_type", "widths", "fingerprint"}
-)
+FIELDS = sorted({
+    *PromptConfig().to_dict(), "id2label", "label2id", "problem_type", "model_type", "model_class", "widths",
+    "fingerprint",
+})  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes are those of POSIX")
@@ -276,7 +277,7 @@ def test_a_config_of_wrong_types_is_refused_or_means_nothing_else(field: str, vi
             refused += 1
         else:
             said = vpt.active_config.to_dict() | vpt.adapters["default"].labels()
-            is_default = field in ("inference_mode", "task_type", "modules_to_save", "fingerprint")
+            is_default = field in ("inference_mode", "task_type", "modules_to_save", "fingerprint", "model_class")
             assert said.get(field) == wrong or is_default
             vpt.unload()
     assert refused >= len(WRONG) - 6

@@ -52,6 +52,7 @@ class Adapter(nn.Module):
         plan: one :class:`~vpt_peft.adapter.LayerPlan` for each layer, or None.
         image_size: height and width that images must have; None: any that the backbone takes.
         patch_embedding: paths of the modules of the patch embedding that prompts go through, or that it copies.
+        model_type, model_class: family and class of the backbone, see :class:`~vpt_peft.backbones.Backbone`.
         num_labels: number of labels of the task.
         model_config: the model's config with the labels of this task.
         layout: its state dict on the meta device.
@@ -72,6 +73,7 @@ class Adapter(nn.Module):
         device = device or backbone.device
         self.config = config.replace(task_type=_task_type(config, backbone))
         self.model_type = backbone.model_type
+        self.model_class = backbone.model_class
         self.widths = backbone.widths
         _check_pooling(config, backbone)
         self.plan = plan_layers(config, len(backbone.layers), config.pooling in ("prompt", "global"))

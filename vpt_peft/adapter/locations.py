@@ -95,7 +95,7 @@ def _padded_size(backbone: Backbone) -> tuple[int, int]:
 
 def _border_shapes(config: PromptConfig, backbone: Backbone) -> dict[str, tuple[int, ...]]:
     size, (height, width) = config.num_tokens, backbone.image_size
-    channels = backbone.encoder.config.num_channels
+    channels = backbone.num_channels
     if 2 * size >= min(height, width):
         raise ConfigError(
             f"A border must leave a part of the {height} x {width} pixels of the backbone's images, got one of "

@@ -1,8 +1,19 @@
 """Where transformers keeps the parts of a vision transformer: declarations, and the parts found in a live model."""
 
-from . import beit, swin, upernet, vit  # noqa: F401  registers the declarations
+from . import (  # noqa: F401  registers the declarations
+    beit,
+    data2vec,
+    deit,
+    dinov2,
+    dinov3,
+    masked,
+    swin,
+    upernet,
+    vision_language,
+    vit,
+)
 from .architecture import ARCHITECTURES, Architecture, Head, register_architecture
-from .backbone import Backbone, Layer, find_backbone
+from .backbone import Backbone, Layer, find_backbone, list_classes
 from .classifier import add_classifier
 
 __all__ = [
@@ -13,5 +24,6 @@ __all__ = [
     "Layer",
     "add_classifier",
     "find_backbone",
+    "list_classes",
     "register_architecture",
 ]

@@ -16,12 +16,11 @@ class Head:
         paths: modules of the head, relative to the model; those that are None in a model are ignored.
         outputs: layers of the head with one output per label; None: ``paths`` for image classification, else none.
         own_loss: the model computes the loss from ``labels`` inside its forward.
-        layers_read: for heads that read intermediate layers and not the final norm: given the model, the number of
-            leading layers that are read. Prompts and biases of later layers would have no effect. None: all layers,
-            through the final norm.
+        layers_read: for heads that read intermediate layers: given the model, the number of leading layers that are
+            read. Prompts and biases of later layers would have no effect. None: all layers.
         encoder: path of the encoder in the model; None: ``model.base_model``.
         joins_class_token: the classifier reads ``[CLS]`` joined with the pooled tokens (DINOv2), twice the width.
-        normed: the classifier reads tokens behind the final norm; False: in front of it (CLIP).
+        normed: the head reads tokens behind the final norm, or a function of the model; False: in front of it (CLIP).
         unread: modules of the model without effect on the outputs, whose biases are not trained.
     """
 
@@ -32,7 +31,7 @@ class Head:
     layers_read: Callable[[Any], int] | None = None
     encoder: str | None = None
     joins_class_token: bool = False
-    normed: bool = True
+    normed: bool | Callable[[Any], bool] = True
     unread: tuple[str, ...] = ()
 
     @property
@@ -76,6 +75,8 @@ class Architecture:
         blocks: for window attention (Swin): the list of layers, relative to a stage.
         merging: the patch merging after the last layer of a stage, relative to the stage, with submodules ``norm`` and
             ``reduction``; None in the last stage.
+        batch_first: all linear layers are applied to images along the first dimension; False: adapters with different
+            biases cannot be mixed in a batch.
         overwrites_settings: the forward of a layer overwrites attributes of the layer depending on its input.
         backbone: path of an inner backbone of another family (UperNet), whose declaration then applies to everything
             but the heads.
@@ -112,9 +113,15 @@ class Architecture:
     input_dims: int = 4
     blocks: str | None = None
     merging: str | None = None
+    batch_first: bool = True
     overwrites_settings: bool = False
     backbone: str | None = None
     backbones: tuple[str, ...] = ()
+
+
+def count_layers_read(backbone: Any) -> int:
+    """Number of leading layers that the feature maps of a backbone depend on, where each layer is a stage."""
+    return max(backbone.stage_names.index(name) for name in backbone.out_features)
 
 
 ARCHITECTURES: dict[str, list[Architecture]] = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, safe_repr, truncate_list
@@ -184,12 +186,17 @@ class Backbone:
         named = [
             self.model.get_submodule(path) for path in self.head.unread if attrgetter(path)(self.model) is not None
         ]
-        if self.head.layers_read is None:
-            return {module for root in named for module in root.modules()}
         layers, mergings = _find_layers(self.encoder, self.architecture, None)
         unread = [layer.module for layer in layers[len(self.layers) :]]
         unread += [merging for index, merging in mergings.items() if index not in self.mergings]
-        return {module for root in (*named, *unread, self.final_norm) for module in root.modules()}
+        unread += [] if self.head_is_normed else [self.final_norm]
+        return {module for root in (*named, *unread) for module in root.modules()}
+
+    @property
+    def head_is_normed(self) -> bool:
+        """Whether the head reads tokens behind the final norm."""
+        normed = self.head.normed
+        return normed if isinstance(normed, bool) else normed(self.model)
 
     @property
     def pooled_norm(self) -> Any:
@@ -201,6 +208,12 @@ class Backbone:
     def model_type(self) -> str:
         """Family of the model; the inner backbone may be of another."""
         return str(_model_type(self.model))
+
+    @property
+    def model_class(self) -> str | None:
+        """Name of the model's class in transformers; None for a class of the user's own."""
+        cls = type(self.original)
+        return cls.__name__ if getattr(transformers, cls.__name__, None) is cls else None
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -222,6 +235,11 @@ class Backbone:
         size = self.encoder.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of its images; some configs take it for granted."""
+        return int(getattr(self.encoder.config, "num_channels", 3))
 
     def find_patch_embedding(self) -> dict[str, nn.Module]:
         """``{path in the model: module}`` of the convolution that embeds patches, and of the norm after it.
@@ -266,7 +284,7 @@ def find_backbone(model: nn.Module) -> Backbone:
     declared = ARCHITECTURES.get(_model_type(model) or "", [])
     fitting = [(one, head) for one in declared if (head := _find_head(model, one.heads)) is not None]
     if not fitting:
-        supported = ", ".join(_supported_classes())
+        supported = ", ".join(list_classes(declared or None))
         raise UnsupportedModelError(
             f"Expected a vision transformer among {supported}; got {type(model).__name__}. "
             "Other architectures can be declared with vpt_peft.register_architecture."
@@ -319,6 +337,12 @@ def _check_parts(backbone: Backbone) -> None:
                 raise AttributeError(f"'{path}' of {type(layer.module).__name__} is None")
         if not backbone.architecture.uses_sdpa:
             _ = layer.part("caller").config  # names the attention implementation
+        elif getattr(getattr(layer.part("caller"), "config", None), "_attn_implementation", "sdpa") != "sdpa":
+            raise UnsupportedModelError(
+                f"Prompts reach the attention of a {type(backbone.model).__name__} where it calls "
+                "F.scaled_dot_product_attention, got a model with another implementation. Load it with "
+                'attn_implementation="sdpa".'
+            )
         undeclared = layer.undeclared()
         if undeclared:
             raise UnsupportedModelError(
@@ -339,9 +363,10 @@ def _model_type(model: Any) -> str | None:
     return model_type if isinstance(model_type, str) else None
 
 
-def _supported_classes() -> list[str]:
-    """Names of all supported model classes, each once."""
-    return list(dict.fromkeys(name for known in ARCHITECTURES.values() for one in known for name in one.heads))
+def list_classes(architectures: Sequence[Architecture] | None = None) -> list[str]:
+    """Names of the model classes that are declared, each once; None: by all declarations."""
+    declared = chain(*ARCHITECTURES.values()) if architectures is None else architectures
+    return list(dict.fromkeys(name for architecture in declared for name in architecture.heads))
 
 
 def _find_head(model: nn.Module, heads: dict[str, Head]) -> Head | None:

@@ -24,6 +24,7 @@ register_architecture(
                 ("decode_head.classifier", "auxiliary_head.classifier"),
                 own_loss=True,
                 layers_read=_num_layers_read,
+                normed=False,
             ),
             "BeitModel": Head("FEATURE_EXTRACTION"),
         },

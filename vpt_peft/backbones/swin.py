@@ -19,7 +19,7 @@ register_architecture(
         heads={
             "SwinForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",)),
             "SwinForMaskedImageModeling": Head("MASKED_IMAGE_MODELING", ("decoder",)),
-            "SwinBackbone": Head("FEATURE_EXTRACTION", layers_read=num_layers_read),
+            "SwinBackbone": Head("FEATURE_EXTRACTION", layers_read=num_layers_read, normed=False),
             "SwinModel": Head("FEATURE_EXTRACTION"),
         },
         layers="encoder.layers",

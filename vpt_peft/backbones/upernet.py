@@ -13,6 +13,7 @@ register_architecture(
                 ("decode_head.classifier", "auxiliary_head.classifier"),
                 own_loss=True,
                 layers_read=lambda model: num_layers_read(model.backbone),
+                normed=False,
             ),
         },
         backbone="backbone",

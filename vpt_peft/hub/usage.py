@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+
+import transformers
+from transformers.backbone_utils import BackboneMixin
 
 from ..adapter import Adapter
 
@@ -36,6 +38,10 @@ FEATURES = """\
 with torch.no_grad():
     features = vpt(pixel_values).last_hidden_state  # (1, number of tokens, width)
 print(features.shape)"""
+FEATURE_MAPS = """\
+with torch.no_grad():
+    feature_maps = vpt(pixel_values).feature_maps  # each (1, width, height, width of the map)
+print([feature_map.shape for feature_map in feature_maps])"""
 MASKED = """\
 num_patches = (pixel_values.shape[-1] // vpt.config.patch_size) ** 2
 bool_masked_pos = torch.rand(1, num_patches) < 0.5  # the patches to predict
@@ -53,14 +59,14 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
     """
     source = json.dumps(model_id)  # a JSON string is a Python string
     source += f", subfolder={json.dumps(subfolder)}" if subfolder else ""
-    auto_class = BACKBONE_CLASSES[str(adapter.config.task_type)]
+    backbone_class = adapter.model_class or BACKBONE_CLASSES[str(adapter.config.task_type)]
     if adapter.config.base_model_name_or_path is not None:
         names, vpt_class = ["AutoImageProcessor"], "AutoVPTModel"
         loading = [f"vpt = AutoVPTModel.from_pretrained({source})"]
     else:
-        names, vpt_class = ["AutoImageProcessor", auto_class], "VPTModel"
+        names, vpt_class = sorted({"AutoImageProcessor", backbone_class}), "VPTModel"
         loading = [
-            f'model = {auto_class}.from_pretrained("{UNNAMED}")  # the backbone that the adapter was trained on',
+            f'model = {backbone_class}.from_pretrained("{UNNAMED}")  # the backbone that the adapter was trained on',
             f"vpt = VPTModel.from_pretrained(model, {source})",
         ]
     options = ""
@@ -79,13 +85,16 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
         "",
         'image = Image.open("image.jpg").convert("RGB")',
         f'pixel_values = processor(image, {options}return_tensors="pt").pixel_values',
-        _prediction(str(adapter.config.task_type), adapter.model_config),
+        _prediction(adapter),
     ])  # fmt: skip
 
 
-def _prediction(task_type: str, model_config: Any) -> str:
+def _prediction(adapter: Adapter) -> str:
+    task_type, model_config = str(adapter.config.task_type), adapter.model_config
     if task_type != "IMAGE_CLASSIFICATION":
-        return {"SEMANTIC_SEGMENTATION": SEGMENTATION, "MASKED_IMAGE_MODELING": MASKED}.get(task_type, FEATURES)
+        is_backbone = issubclass(getattr(transformers, adapter.model_class or "", object), BackboneMixin)
+        features = FEATURE_MAPS if is_backbone else FEATURES
+        return {"SEMANTIC_SEGMENTATION": SEGMENTATION, "MASKED_IMAGE_MODELING": MASKED}.get(task_type, features)
     problem_type = model_config.problem_type
     if problem_type == "multi_label_classification":
         return MULTI_LABEL

@@ -242,6 +242,9 @@ def attend_to_prefixes(
     """
     batch = batch_prompts(prefixes, num_images)
     key, value = (batch.split_heads(part, query) for part in batch.tokens.chunk(2, dim=-1))
+    num_groups = query.shape[1] // key.shape[1]
+    if num_groups > 1:  # several heads of queries share keys and values
+        key, value = (part.repeat_interleave(num_groups, dim=1) for part in (key, value))
     valid_mask = batch.valid_mask
     if valid_mask is not None:  # images without a prefix attend to zeros
         value = value * valid_mask[:, None, :, None]

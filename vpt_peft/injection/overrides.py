@@ -136,6 +136,11 @@ class ModuleOverride(ForwardOverride):
         own = [None if batch.adapter is None else batch.adapter.bias.find(self.path) for batch in context.batches]
         if all(bias is None for bias in own):
             return self.forward(*args, **kwargs)
+        if not self.backbone.architecture.batch_first:
+            raise RouteError(
+                f"Adapters with bias='all' cannot be mixed on a {type(self.backbone.model).__name__}, whose linear "
+                "layers are not all applied along the batch. Call the model once for each one."
+            )
         if not isinstance(self.module, nn.Linear | nn.LayerNorm | _ConvNd):
             raise RouteError(
                 "Adapters with bias='all' can be mixed if all biases belong to linear layers, layer norms and "
@@ -195,7 +200,7 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
     with activate_alone(context, batch):
         if batch.pooling in ("prompt", "global"):
             assert batch.prompts is not None  # the plan makes sure of it
-            prompts = backbone.final_norm(batch.prompts) if backbone.head.normed else batch.prompts
+            prompts = backbone.final_norm(batch.prompts) if backbone.head_is_normed else batch.prompts
             tokens = prompts if batch.pooling == "prompt" else torch.cat([tokens, prompts], dim=1)
         mean = tokens.mean(1)
         if backbone.pooled_norm is not None:

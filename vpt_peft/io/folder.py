@@ -46,6 +46,7 @@ class SavedAdapter:
     Attributes:
         labels: ``id2label``, ``label2id`` and ``problem_type``.
         model_type, widths: type of the backbone, and the width of each layer, as they are in the file.
+        model_class: class of the backbone in transformers, as it is in the file; None: of the user's own, or unknown.
         head: classes of the head's output layers by path, as they are in the file; None in files of other tools.
         fingerprint: of the backbone; None in files of other tools.
         weights: the weights file, open.
@@ -55,6 +56,7 @@ class SavedAdapter:
     labels: dict[str, Any]
     model_type: Any
     widths: Any
+    model_class: Any
     head: Any
     fingerprint: Fingerprint | None
     weights: Weights
@@ -74,6 +76,7 @@ def pack_config(adapter: Adapter, fingerprint: Fingerprint) -> bytes:
         **adapter.labels(),
         "model_type": adapter.model_type,
         "widths": adapter.widths,
+        "model_class": adapter.model_class,
         "head": adapter.head_classes,
         "fingerprint": fingerprint.without(
             [*adapter.head.paths, *adapter.modules_to_save.paths], adapter.bias.paths
@@ -227,19 +230,21 @@ def _parse_json(content: bytes, folder: Path) -> dict[str, Any]:
     return values
 
 
-def _parse(values: Mapping[str, Any]) -> tuple[PromptConfig, dict[str, Any], Any, Any, Any, Fingerprint | None]:
-    """Config, labels, model type, widths, head and fingerprint in ``adapter_config.json``."""
+def _parse(values: Mapping[str, Any]) -> tuple[PromptConfig, dict[str, Any], Any, Any, Any, Any, Fingerprint | None]:
+    """Config, labels, model type, widths, model class, head and fingerprint in ``adapter_config.json``."""
     values = {name: value for name, value in values.items() if name != "vpt_peft_version"}
     try:
         labels = {name: values.pop(name) for name in ("id2label", "label2id", "problem_type")}
         model_type, widths = values.pop("model_type"), values.pop("widths")
-        head, fingerprint = values.pop("head", None), values.pop("fingerprint", None)
+        model_class, head, fingerprint = (values.pop(name, None) for name in ("model_class", "head", "fingerprint"))
+        if not isinstance(model_class, str | None):
+            raise ConfigError(f"model_class must be the name of a class or None, got {safe_repr(model_class)}.")
         config, checked = PromptConfig.from_dict(values), check_labels(**labels)
         names = {str(label): name for label, name in checked["id2label"].items()}
         if {**checked, "id2label": names} != labels:  # such as names that are numbers
             raise ConfigError("id2label must map 0 to n-1 to strings, and label2id strings to 0 to n-1.")
         parsed = None if fingerprint is None else Fingerprint.from_dict(fingerprint)
-        return config, checked, model_type, widths, head, parsed
+        return config, checked, model_type, widths, model_class, head, parsed
     except KeyError as error:
         raise CheckpointError(f"{CONFIG_NAME} must contain {error}. Was it saved by vpt-peft?") from error
     except ConfigError as error:

@@ -59,14 +59,17 @@ def mask_padded_logits(output: Any, num_labels: Sequence[int]) -> None:
     """Sets ``num_labels`` of a mixed batch's output, and ``-inf`` for the padded labels in its ``logits``.
 
     Args:
-        output: with ``logits`` of shape ``(num_images, most labels, ...)``.
+        output: with ``logits`` of shape ``(num_images, most labels, ...)``, of one head or of several.
         num_labels: of each image.
     """
-    logits = output["logits"]
+    heads = {name: value for name, value in output.items() if name.endswith("logits")}
+    logits = heads["logits"]
     output["num_labels"] = torch.tensor(num_labels, device=logits.device)
     if len(set(num_labels)) > 1:
         padding = torch.arange(logits.shape[1], device=logits.device) >= output["num_labels"][:, None]
-        output["logits"] = logits.masked_fill(padding.view(*padding.shape, *[1] * (logits.ndim - 2)), -torch.inf)
+        padding = padding.view(*padding.shape, *[1] * (logits.ndim - 2))
+        for name, value in heads.items():
+            output[name] = value.masked_fill(padding, -torch.inf)
 
 
 def watch_gradients(output: Any, context: ForwardContext) -> None:
@@ -125,4 +128,8 @@ def add_loss(output: Any, labels: Tensor, loss_function: Any, config: Any, kwarg
         raise AdapterError(f"labels need a model with a classifier, got {got}. Leave labels out.")
     counted = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
     loss = loss_function(labels, output.logits, config, **counted)
-    return type(output)(**{**output, "loss": loss})
+    if "loss" in type(output).__dataclass_fields__:
+        return type(output)(**{**output, "loss": loss})
+    output["loss"] = loss  # for classes that transformers does not train, such as DeiT with two heads
+    output.move_to_end("loss", last=False)
+    return output
