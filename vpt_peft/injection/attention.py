@@ -277,7 +277,7 @@ class PrefixAttention(torch.autograd.Function):
         query, key, value, valid_mask = ctx.saved_tensors
         probabilities = PrefixAttention.probabilities(query, key, valid_mask)
         of_probabilities = value @ gradient.transpose(-1, -2)
-        of_scores = probabilities * (of_probabilities - (probabilities * of_probabilities).sum(-2, keepdim=True))
+        of_scores = torch.ops.aten._softmax_backward_data(of_probabilities, probabilities, -2, probabilities.dtype)
         return of_scores.transpose(-1, -2) @ key, of_scores @ query, probabilities @ gradient, None
 
     @staticmethod
