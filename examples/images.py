@@ -43,7 +43,8 @@ def get_image_size(model_name: str) -> tuple[int, int]:
     except CheckpointError as error:
         raise DataError(str(error)) from error
     try:
-        size = AutoConfig.from_pretrained(model_name).image_size
+        config = AutoConfig.from_pretrained(model_name)
+        size = getattr(config, "vision_config", config).image_size  # of models of images and texts
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(
             f"The model must be the name or folder of a vision checkpoint, got '{model_name}': {error}"

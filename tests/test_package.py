@@ -91,6 +91,8 @@ LAYERS = [
     "vpt_peft.backbones.beit",
     "vpt_peft.backbones.upernet",
     "vpt_peft.backbones.swin",
+    "vpt_peft.backbones.siglip",
+    "vpt_peft.backbones.clip",
     "vpt_peft.backbones.architecture",
     "vpt_peft.config",
     "vpt_peft.errors",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         AutoVPTModelForImageClassification,
         AutoVPTModelForMaskedImageModeling,
         AutoVPTModelForSemanticSegmentation,
+        AutoVPTModelForZeroShotImageClassification,
     )
     from .backbones import Architecture, Head, register_architecture
     from .check import ArchitectureReport, check_architecture
@@ -34,6 +35,7 @@ __all__ = [
     "AutoVPTModelForImageClassification",
     "AutoVPTModelForMaskedImageModeling",
     "AutoVPTModelForSemanticSegmentation",
+    "AutoVPTModelForZeroShotImageClassification",
     "CheckpointError",
     "ConfigError",
     "Head",
@@ -57,6 +59,7 @@ _MODULES = {
     "auto": (
         "AutoVPTModel", "AutoVPTModelForFeatureExtraction", "AutoVPTModelForImageClassification",
         "AutoVPTModelForMaskedImageModeling", "AutoVPTModelForSemanticSegmentation",
+        "AutoVPTModelForZeroShotImageClassification",
     ),
     "backbones": ("Architecture", "Head", "register_architecture"),
     "check": ("ArchitectureReport", "check_architecture"),

@@ -6,7 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from . import hub
-from .backbones import list_classes
+from .backbones import find_class
 from .config import PromptConfig
 from .errors import CheckpointError, safe_repr
 from .io import open_folder
@@ -76,9 +76,15 @@ def _backbone_name(loader: str, task_type: str | None, config: PromptConfig, mod
 
 
 def _load_backbone(
-    name: str, config: PromptConfig, model_class: object, model_id: object, options: dict[str, Any]
+    name: str, config: PromptConfig, model_class: str | None, model_id: object, options: dict[str, Any]
 ) -> Any:
-    """The backbone, of the class that the adapter was trained on if that is declared, else of the task's."""
+    """The backbone of an adapter.
+
+    Args:
+        name: its folder or repository.
+        model_class: name of its class; None: the class that transformers has for the task and the repository's config.
+        options: of ``from_pretrained``.
+    """
     if not hub.is_folder(name) and not hub.is_repo_id(name):
         raise CheckpointError(
             f"The adapter '{model_id}' was trained on {safe_repr(name)}, which is neither an existing folder nor the "
@@ -86,14 +92,12 @@ def _load_backbone(
         )
     import transformers  # here, since it is needed only to load a backbone
 
-    task_class = getattr(transformers, hub.BACKBONE_CLASSES[str(config.task_type)])
-    backbone_class = (
-        getattr(transformers, str(model_class), task_class) if model_class in list_classes() else task_class
-    )
+    auto_class: Any = getattr(transformers, hub.BACKBONE_CLASSES[str(config.task_type)])
+    backbone_class = find_class(model_class) or auto_class
     options = {"trust_remote_code": False, "use_safetensors": True, "revision": config.revision or "main", **options}
     try:
         model = backbone_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:  # transformers turns the Hub client's errors into these
+    except (OSError, ValueError, RuntimeError) as error:  # transformers turns the Hub client's errors into these
         raise CheckpointError(
             f"The backbone {safe_repr(name)} of the adapter '{model_id}' cannot be loaded: {error}"
         ) from error
@@ -118,6 +122,12 @@ class AutoVPTModelForMaskedImageModeling(AutoVPTModel):
     """:class:`AutoVPTModel` for masked image modeling."""
 
     task_type = "MASKED_IMAGE_MODELING"
+
+
+class AutoVPTModelForZeroShotImageClassification(AutoVPTModel):
+    """:class:`AutoVPTModel` for dual encoders of images and texts."""
+
+    task_type = "ZERO_SHOT_IMAGE_CLASSIFICATION"
 
 
 class AutoVPTModelForFeatureExtraction(AutoVPTModel):

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import ConfigError, safe_repr
 
-TASK_TYPES = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "FEATURE_EXTRACTION")
+TASK_TYPES = (
+    "IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "FEATURE_EXTRACTION",
+)  # fmt: skip
 
 # choices of pooling for a classifier that is added
 ADDED_POOLINGS = ("class", "class_and_image", "pooled")

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.families import (
-    FAMILIES,
     NUM_IMAGES,
     NUM_LABELS,
     Family,
+    all_families,
+    attended_apart,
     concatenated,
     difference,
     each_family,
@@ -22,6 +23,7 @@ from helpers.families import (
 )
 from helpers.invariants import assert_unchanged, snapshot
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from vpt_peft import PromptConfig, RouteError, VPTModel, get_vpt_model
 from vpt_peft.backbones import ARCHITECTURES, find_backbone, list_classes
@@ -65,13 +67,22 @@ def test_prompts_act_as_if_concatenated_to_the_tokens_of_each_layer(family: Fami
 
 
 @each_family()
-def test_an_untrained_prefix_changes_nothing_and_a_trained_one_does(family: Family) -> None:
+def test_a_prefix_is_attended_to_apart_from_the_image_and_changes_nothing_untrained(family: Family) -> None:
     images, model = some_images(), family.bare()
     bare = run(model, images, family)
     vpt = get_vpt_model(model, PromptConfig(num_tokens=3, kind="prefix")).eval()
     for own, other in zip(tensors(run(vpt, images, family)), tensors(bare), strict=True):
         assert torch.equal(own, other)
-    assert difference(run(enlarge(vpt), images, family), bare) > 0.03
+    ours = run(enlarge(vpt), images, family)
+    pairs: Any = vpt.adapters["default"].prefix
+    reference = family.bare()
+    for module in reference.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config._attn_implementation = "sdpa"  # the reference needs it, and GIT does not choose it
+    with attended_apart([(pair["key"], pair["value"]) for pair in pairs.children()]):
+        expected = run(reference, images, family)
+    assert difference(ours, expected) < TOLERANCE
+    assert difference(ours, bare) > 0.03
 
 
 @each_classifier
@@ -90,7 +101,11 @@ def test_the_classifier_reads_what_the_pooling_says(family: Family) -> None:
         with torch.no_grad():
             image = norm(tokens)[:, family.num_prefix_tokens :]
             prompts = norm(became[0])
-            read = {"image": image, "prompt": prompts, "global": torch.cat([image, prompts], dim=1)}[pooling].mean(1)
+            shown = family.arguments(images).get("pixel_attention_mask", torch.ones(image.shape[:2]))
+            weights = torch.cat([shown if pooling != "prompt" else 0 * shown, torch.ones(prompts.shape[:2])], dim=1)
+            weights = weights[:, : image.shape[1]] if pooling == "image" else weights
+            averaged = (torch.cat([image, prompts], dim=1)[:, : weights.shape[1]] * weights.unsqueeze(-1)).sum(1)
+            read = averaged / weights.sum(1, keepdim=True)
             if family.pooled_norm:
                 read = model.get_submodule(family.pooled_norm)(read)
             if family.joins_class_token:
@@ -109,7 +124,7 @@ def keep(found: list[Tensor], output: Any) -> Any:
 @each_family()
 def test_every_trained_tensor_gets_a_gradient(family: Family) -> None:
     vpt = get_vpt_model(family.bare(), PromptConfig(num_tokens=3, bias="all")).train()
-    total(vpt(pixel_values=some_images(), **family.training_inputs)).backward()
+    total(vpt(**{**family.arguments(some_images()), **family.training_inputs})).backward()
     trained = {name: parameter for name, parameter in vpt.named_parameters() if parameter.requires_grad}
     assert [name for name in trained if ".bias." in name]
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
@@ -162,14 +177,27 @@ def test_another_number_of_labels_has_a_head_of_its_own(family: Family) -> None:
     vpt = family.prompted()
     vpt.add_adapter("other", PromptConfig(num_tokens=2), num_labels=NUM_LABELS + 2)
     vpt.set_adapter("other")
-    output = vpt(pixel_values=some_images(), labels=torch.arange(NUM_IMAGES), **family.inputs)
+    output = vpt(labels=torch.arange(NUM_IMAGES), **family.arguments(some_images()))
     assert output.logits.shape == (NUM_IMAGES, NUM_LABELS + 2)
     output.loss.backward()
     assert all(parameter.grad is not None for parameter in vpt.adapters["other"].parameters())
 
 
+@each_family(lambda family: family.classifier and family.needs_no_labels)
+def test_a_model_without_labels_gets_a_head_of_its_width(family: Family) -> None:
+    vpt = get_vpt_model(family.bare(num_labels=0), PromptConfig(num_tokens=2)).eval()
+    vpt.add_adapter("other", PromptConfig(num_tokens=2), num_labels=3)
+    features = run(vpt, some_images(), family).logits
+    mixed = run(vpt, some_images(), family, adapter_names=["other", "default", "__base__"])
+    assert mixed.num_labels.tolist() == [3, features.shape[1], features.shape[1]]
+    torch.testing.assert_close(mixed.logits[1], features[1], atol=TOLERANCE, rtol=TOLERANCE)
+    vpt.set_adapter("other")
+    logits = run(vpt, some_images(), family).logits
+    torch.testing.assert_close(mixed.logits[0, :3], logits[0], atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_a_model_with_two_classifiers_has_both_of_its_own_and_trains_them() -> None:
-    family = FAMILIES["deit_with_teacher"]
+    family = all_families()["deit_with_teacher"]
     vpt = family.prompted()
     vpt.add_adapter("other", PromptConfig(num_tokens=2, pooling="global"), num_labels=NUM_LABELS - 2)
     mixed = run(vpt, some_images(), family, adapter_names=["other", "default", "other"])
@@ -193,7 +221,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family) -> None:
         vpt = get_vpt_model(family.bare(), PromptConfig(num_tokens=3, deep=False)).train()
         if checkpointing:
             vpt.gradient_checkpointing_enable()
-        output = vpt(pixel_values=some_images(), **family.inputs)
+        output = vpt(**family.arguments(some_images()))
         total(output).backward()
         found.append((tensors(output)[0], next(vpt.adapters["default"].prompts.parameters()).grad))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
@@ -220,7 +248,7 @@ def test_unload_leaves_the_model_as_it_was(family: Family) -> None:
     model = family.bare().train()
     bare, before = run(model.eval(), some_images(), family), snapshot(model)
     vpt = get_vpt_model(model, PromptConfig(num_tokens=3, bias="all"))
-    total(vpt(pixel_values=some_images(), **family.inputs)).backward()
+    total(vpt(**family.arguments(some_images()))).backward()
     assert vpt.unload() is model
     assert_unchanged(before, snapshot(model))
     for own, other in zip(tensors(run(model, some_images(), family)), tensors(bare), strict=True):
@@ -231,10 +259,11 @@ def test_unload_leaves_the_model_as_it_was(family: Family) -> None:
 def test_models_of_the_published_size_are_supported(family: Family) -> None:
     backbone = find_backbone(family.full_size())
     assert len(backbone.layers) > 5
-    assert backbone.num_prefix_tokens >= 0 and backbone.patch_size > 1 and min(backbone.image_size) > 1
+    assert backbone.num_prefix_tokens >= 0 and backbone.patch_size > 1
+    assert not family.takes_pixels or min(backbone.image_size) > 1
 
 
-@each_family()
+@each_family(lambda family: family.takes_pixels)
 def test_prompts_are_added_to_each_token(family: Family) -> None:
     images, model = some_images(), family.bare()
     vpt = enlarge(get_vpt_model(family.bare(), PromptConfig(num_tokens=1, location="add")).eval())
@@ -244,7 +273,7 @@ def test_prompts_are_added_to_each_token(family: Family) -> None:
     assert difference(run(vpt, images, family), run(model, images, family)) < TOLERANCE
 
 
-@each_family()
+@each_family(lambda family: family.takes_pixels)
 @pytest.mark.parametrize("location", ["pixel", "channel"])
 def test_prompts_in_the_image_go_through_the_patch_embedding(family: Family, location: str) -> None:
     images, model = some_images(), family.bare()
@@ -270,4 +299,4 @@ def test_prompts_in_the_image_go_through_the_patch_embedding(family: Family, loc
 def test_every_declared_class_is_in_the_table() -> None:
     elsewhere = ("swin", "beit", "upernet")  # in tests of their own
     declared = [one for model_type, known in ARCHITECTURES.items() if model_type not in elsewhere for one in known]
-    assert set(list_classes(declared)) == {family.model_class for family in FAMILIES.values()}
+    assert set(list_classes(declared)) == {family.model_class for family in all_families().values()}

@@ -11,6 +11,7 @@ import torch
 from helpers.models import Tiny, logits
 from helpers.mutations import NASTY
 from helpers.pickles import MaliciousPickle
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from vpt_peft import AutoVPTModel, CheckpointError, PromptConfig, VPTModel, get_vpt_model
@@ -62,6 +63,8 @@ def test_a_backbone_is_loaded_without_running_code_of_its_own(
     else:
         said = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**said, "model_class": None}))
+        weights = folder / "adapter_model.safetensors"
+        save_file(load_file(weights), weights)  # without the seal, as in files of other tools
         with pytest.raises(CheckpointError, match=r"The backbone '.*backbone' of the adapter '.*' cannot be loaded"):
             AutoVPTModel.from_pretrained(folder)
     assert not sprung.exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,10 @@ class Family:
         mixes_biases: adapters with different biases can be mixed in a batch.
         published: arguments of the config of a model of published size.
         same_layers: another entry has the same layers, so that it is not compiled.
+        feed: ``feed(images)`` makes the arguments of the forward call, where they are not images and ``inputs``.
+        outputs: names of the outputs that belong to an image each; empty: all of them.
+        needs_no_labels: transformers can make a classifier with ``num_labels=0``.
+        takes_pixels: the model embeds the patches of images itself.
     """
 
     model_class: str
@@ -67,11 +71,19 @@ class Family:
     mixes_biases: bool = True
     published: Mapping[str, Any] = field(default_factory=dict, hash=False)
     same_layers: bool = False
+    feed: Callable[[Tensor], dict[str, Any]] | None = None
+    outputs: tuple[str, ...] = ()
+    needs_no_labels: bool = True
+    takes_pixels: bool = True
 
     @property
     def available(self) -> bool:
         """Whether the installed transformers has the class."""
         return Version(transformers.__version__) >= Version(self.since)
+
+    def arguments(self, images: Tensor) -> dict[str, Any]:
+        """Arguments of the forward call for images ``(num_images, 3, height, width)``."""
+        return {"pixel_values": images, **self.inputs} if self.feed is None else self.feed(images)
 
     def bare(self, **config: Any) -> Any:
         """The tiny model, always the same one, in eval mode."""
@@ -181,10 +193,33 @@ def concatenated(family: Family, model: Any, prompts: Mapping[int, Tensor]) -> I
             del layer.forward
 
 
+@contextmanager
+def attended_apart(prefixes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """A context in which the attention of each layer of a bare model adds the attention to a prefix, keys and values
+    ``(num_prompts, num_heads · head_dim)``. It uses nothing of vpt_peft."""
+    plain, remaining = nn.functional.scaled_dot_product_attention, iter(prefixes)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = plain(query, key, value, *args, **kwargs)
+        prefix = next(remaining, None)
+        if prefix is None:  # the attention of a pooling head
+            return output
+        heads = [part.unflatten(-1, (-1, query.shape[-1])).transpose(0, 1) for part in prefix]
+        shared = [part.repeat_interleave(query.shape[1] // part.shape[0], dim=0) for part in heads]
+        return output + plain(query, *(part.expand(len(query), -1, -1, -1) for part in shared))
+
+    nn.functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
+
+
 def run(model: Any, pixel_values: Tensor, family: Family, **kwargs: Any) -> Any:
     """The output of a model, without gradients."""
     with torch.no_grad():
-        return model(pixel_values=pixel_values, **family.inputs, **kwargs)
+        output = model(**family.arguments(pixel_values), **kwargs)
+    return {name: output[name] for name in family.outputs} if family.outputs else output
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -347,10 +382,17 @@ FAMILIES: dict[str, Family] = {
     "data2vec_segmenter": Family(
         "Data2VecVisionForSemanticSegmentation", "Data2VecVisionConfig",
         {**DATA2VEC, "num_labels": NUM_LABELS, "out_indices": [1, 2, 3, 4], "pool_scales": [1, 2],
-         "auxiliary_channels": 6},
+         "auxiliary_channels": 6, "use_mean_pooling": False},
         layers="data2vec_vision.encoder.layer", adapt=_biased, same_layers=True,
     ),
 }  # fmt: skip
+
+
+def all_families() -> dict[str, Family]:
+    """All families by name."""
+    from .clip_families import CLIP_FAMILIES  # here, since it uses this module
+
+    return {**FAMILIES, **CLIP_FAMILIES}
 
 
 def each_family(select: Callable[[Family], Any] = lambda family: True) -> Any:
@@ -361,7 +403,7 @@ def each_family(select: Callable[[Family], Any] = lambda family: True) -> Any:
             id=name,
             marks=pytest.mark.skipif(not family.available, reason=f"{family.model_class} is new in {family.since}"),
         )
-        for name, family in FAMILIES.items()
+        for name, family in all_families().items()
         if select(family)
     ]
     return pytest.mark.parametrize("family", parameters)

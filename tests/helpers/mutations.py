@@ -37,7 +37,9 @@ OTHERS: dict[str, list[Any]] = {
     "layers_to_transform": [None, [0], [1, 3], [0, 1, 2, 3]], "projection_dim": [None, 3, 4], "dropout": [0, 0.1, 0.5],
     "pooling": ["default", "image", "prompt", "global"], "bias": ["none", "all"], "init": ["uniform", "normal"],
     "modules_to_save": [None, ["vit.layernorm"], ["classifier"]], "route": ["auto", "tokens", "key_value"],
-    "problem_type": [None, "regression"], "model_type": ["vit", "swin"], "widths": [[24] * 4, [24] * 3],
+    "problem_type": [None, "regression"], "model_type": ["vit", "swin"],
+    "model_class": [None, "ViTModel", "ViTForImageClassification", "AutoModel", "PreTrainedModel"],
+    "widths": [[24] * 4, [24] * 3],
     "task_type": [None, "IMAGE_CLASSIFICATION", "FEATURE_EXTRACTION"], "label2id": [{}, {"a": 0}],
     "id2label": [{"0": "a"}],
 }  # fmt: skip

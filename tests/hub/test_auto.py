@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import SWIN, VIT, Tiny, logits
+from helpers.clip_families import CLIP_FAMILIES
+from helpers.models import BEIT, SWIN, VIT, Tiny, logits
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BeitConfig,
+    BeitForMaskedImageModeling,
     Blip2VisionConfig,
     Blip2VisionModel,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2Model,
+    SiglipVisionModel,
+    SwinBackbone,
     SwinConfig,
     SwinForMaskedImageModeling,
+    SwinModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -99,13 +110,54 @@ def test_an_adapter_finds_a_backbone_of_the_class_that_it_was_trained_on(tmp_pat
         assert type(AutoVPTModel.from_pretrained(tmp_path / "adapter").get_base_model()) is trained
 
 
-def test_a_class_that_is_not_declared_is_not_loaded(trained: VPTModel, tiny: Tiny, tmp_path: Path) -> None:
+CLASSES: dict[str, tuple[Callable[[], Any], type[Any], dict[str, Any]]] = {
+    "CLIPVisionModel": (lambda: CLIP_FAMILIES["clip"].bare(), CLIPVisionModel, {}),
+    "CLIPVisionModelWithProjection": (lambda: CLIP_FAMILIES["clip"].bare(), CLIPVisionModelWithProjection, {}),
+    "CLIPModel": (lambda: CLIP_FAMILIES["clip"].bare(), CLIPModel, {}),
+    "SiglipVisionModel": (lambda: CLIP_FAMILIES["siglip"].bare(), SiglipVisionModel, {}),
+    "SwinBackbone": (lambda: SwinModel(SwinConfig(**SWIN)), SwinBackbone, {"out_features": ["stage1", "stage2"]}),
+    "BeitForMaskedImageModeling": (
+        lambda: BeitForMaskedImageModeling(BeitConfig(**BEIT, vocab_size=11)), BeitForMaskedImageModeling, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*of the backbone were not in its checkpoint")
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_class_of_the_backbone_is_found_again(name: str, tmp_path: Path) -> None:
+    build, cls, options = CLASSES[name]
+    build().save_pretrained(tmp_path / "backbone")
+    model = cls.from_pretrained(tmp_path / "backbone", **options)
+    get_vpt_model(model, PromptConfig(num_tokens=2)).save_pretrained(tmp_path / "adapter")
+    vpt = AutoVPTModel.from_pretrained(tmp_path / "adapter", **options)
+    assert type(vpt.get_base_model()) is cls
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["model_class"] == name
+
+
+def test_a_class_derived_from_one_of_transformers_is_loaded_as_that(tmp_path: Path) -> None:
+    class Mine(ViTModel):
+        pass
+
+    Mine(ViTConfig(**VIT)).save_pretrained(tmp_path / "backbone")
+    get_vpt_model(Mine.from_pretrained(tmp_path / "backbone"), PromptConfig()).save_pretrained(tmp_path / "adapter")
+    assert type(AutoVPTModel.from_pretrained(tmp_path / "adapter").get_base_model()) is ViTModel
+
+
+def test_an_older_adapter_without_the_class_finds_its_backbone_by_the_task(
+    trained: VPTModel, tiny: Tiny, tmp_path: Path
+) -> None:
     trained.save_pretrained(tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["model_class"] == type(tiny.model).__name__
-    for name in ("BertModel", "AutoConfig", "", None):
-        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "model_class": name}))
-        assert type(AutoVPTModel.from_pretrained(tmp_path / "adapter").get_base_model()) is type(tiny.model)
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_class": None}))
+    with pytest.raises(CheckpointError, match="model_class: expected"):
+        AutoVPTModel.from_pretrained(tmp_path / "adapter")  # the weights know better
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    save_file(load_file(weights), weights)
+    values = json.loads(config.read_text())
+    del values["model_class"]
+    config.write_text(json.dumps(values))
+    vpt = AutoVPTModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(vpt, tiny.pixel_values), logits(trained, tiny.pixel_values))
 
 
 def test_an_adapter_without_a_named_backbone_says_so(tiny: Tiny, tmp_path: Path) -> None:

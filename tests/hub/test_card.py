@@ -12,13 +12,22 @@ import numpy as np
 import pytest
 import torch
 from helpers.cards import run_code
-from helpers.models import SWIN, VIT, Tiny, logits, tiny_beit_segmenter
+from helpers.clip_families import CLIP_FAMILIES
+from helpers.models import BEIT, SWIN, VIT, Tiny, logits, tiny_beit_segmenter
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForImageClassification,
+    BeitConfig,
+    BeitForMaskedImageModeling,
     BeitImageProcessor,
+    CLIPImageProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Siglip2ImageProcessor,
     SwinBackbone,
     SwinConfig,
     SwinForMaskedImageModeling,
@@ -208,10 +217,17 @@ def vit_for(problem_type: str | None, num_labels: int = 2) -> PreTrainedModel:
 TASKS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "segmentation": (lambda: tiny_beit_segmenter().model, r"\['LABEL_"),
     "features": (lambda: ViTModel(ViTConfig(**VIT)), r"torch.Size\(\[1, 17, 24\]\)"),
-    "feature maps": (lambda: SwinBackbone(SwinConfig(**SWIN)), r"\[torch.Size\(\[1, 16, 8, 8\]\)\]"),
     "masked": (
         lambda: SwinForMaskedImageModeling(SwinConfig(**SWIN, encoder_stride=8)),
         r"torch.Size\(\[1, 3, 64, 64\]\)",
+    ),
+    "masked tokens": (
+        lambda: BeitForMaskedImageModeling(BeitConfig(**BEIT, vocab_size=11)),
+        r"torch.Size\(\[1, 16, 11\]\)",
+    ),
+    "feature maps": (
+        lambda: SwinBackbone(SwinConfig(**SWIN, out_features=["stage1", "stage2"])),
+        r"\[torch.Size\(\[1, 8, 16, 16\]\), torch.Size\(\[1, 16, 8, 8\]\)\]",
     ),
     "several labels": (
         lambda: vit_for("multi_label_classification"),
@@ -232,7 +248,7 @@ def test_code_from_a_card_makes_room_for_a_border(
     vpt = vit.prompted(num_tokens=3, location="border", deep=False)
     vpt.save_pretrained(tmp_path / "adapter", image_processor=processor)
     names = run_code((tmp_path / "adapter/README.md").read_text(), tmp_path, monkeypatch)
-    assert names["pixel_values"].shape == (1, 3, 26, 26)
+    assert names["inputs"].pixel_values.shape == (1, 3, 26, 26)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -247,6 +263,35 @@ def test_code_from_a_card_fits_the_task(
     vpt.save_pretrained(tmp_path / "adapter", image_processor=ViTImageProcessor(size={"height": side, "width": side}))
     run_code((tmp_path / "adapter/README.md").read_text(), tmp_path, monkeypatch)
     assert re.match(printed, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("is_named", [True, False], ids=["named backbone", "unnamed backbone"])
+def test_code_from_a_card_compares_an_image_with_texts(
+    name: str, is_named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = CLIP_FAMILIES[name]
+    config = {**family.config, "text_config": {**family.config["text_config"], "max_position_embeddings": 64}}
+    model = family.bare(**config)
+    model.save_pretrained(tmp_path / "backbone")
+    words = {word: number for number, word in enumerate(["<pad>", "<unk>", "a", "photo", "of", "cat", "dog"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path / "backbone")
+    model = type(model).from_pretrained(tmp_path / "backbone")
+    model.config.name_or_path = str(tmp_path / "backbone") if is_named else ""
+    vpt = get_vpt_model(model, PromptConfig(num_tokens=2))
+    processor: Any = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    if name == "siglip2":
+        processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    vpt.save_pretrained(tmp_path / "adapter", image_processor=processor)
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert is_named or f"model = {type(model).__name__}.from_pretrained(" in card
+    names = run_code(card, tmp_path, monkeypatch)
+    with torch.no_grad():
+        expected = vpt(**names["inputs"], **names["texts"]).logits_per_image
+    assert torch.equal(names["logits"], expected) and expected.shape == (1, 2)
+    assert capsys.readouterr().out.strip() in ("a photo of a cat", "a photo of a dog")
 
 
 def test_a_card_shows_no_absolute_path(trained: VPTModel, tmp_path: Path) -> None:

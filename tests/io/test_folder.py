@@ -282,7 +282,7 @@ def test_a_damaged_folder_is_refused_and_changes_nothing(
 SEALED: dict[str, Any] = {
     "num_tokens": 6, "kind": "prefix", "deep": False, "layers_to_transform": [0, 1, 2], "carry": False, "shared": True,
     "projection_dim": 6, "pooling": "prompt", "location": "add", "bias": "all", "modules_to_save": ["vit.layernorm"],
-    "model_type": "swin", "widths": [24] * 3,
+    "model_type": "swin", "model_class": "ViTModel", "widths": [24] * 3,
 }  # fmt: skip
 FREE: dict[str, Any] = {
     "dropout": 0.5, "init": "normal", "route": "tokens", "base_model_name_or_path": "me/vit", "revision": "main",
@@ -303,7 +303,9 @@ def test_a_sealed_field_edited_alone_is_refused(field: str, vit: Tiny, tmp_path:
 
 def test_a_field_is_sealed_or_may_be_edited(vit: Tiny, tmp_path: Path) -> None:
     constant = {"task_type", "inference_mode", "peft_type"}  # set by loading, or of one value
-    assert SEALED.keys() | FREE.keys() | constant == PromptConfig().to_dict().keys() | {"model_type", "widths"}
+    assert SEALED.keys() | FREE.keys() | constant == PromptConfig().to_dict().keys() | {
+        "model_type", "model_class", "widths"
+    }  # fmt: skip
     vit.prompted().save_pretrained(tmp_path)
     edit_config(tmp_path, **FREE, id2label={"0": "cat"}, label2id={"cat": 0}, problem_type="regression")
     with pytest.raises(CheckpointError, match=r"of another shape: head.classifier.bias: expected \(1,\), got \(7,\)"):

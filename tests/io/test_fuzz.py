@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_MESSAGE = 50_000  # characters; what a file contains can be longer
 SEALED = (
     "num_tokens", "deep", "layers_to_transform", "carry", "shared", "projection_dim", "pooling", "location", "bias",
-    "modules_to_save", "model_type", "widths",
+    "modules_to_save", "model_type", "model_class", "widths",
 )  # fmt: skip
 FIELDS = set(PromptConfig().to_dict()) - {"inference_mode", "task_type"}  # loading sets these two
 BUILDS: list[tuple[Callable[..., Tiny], dict[str, Any]]] = [
@@ -166,7 +166,7 @@ def check_loaded(vpt: VPTModel, good: Good, kind: str, folder: Path) -> None:
     loaded = vpt.active_config.to_dict()
     assert normalized(loaded) == normalized(said)
     assert said.keys() <= loaded.keys() | {
-        "id2label", "label2id", "problem_type", "model_type", "widths", "model_class", "head", "fingerprint",
+        "id2label", "label2id", "problem_type", "model_type", "model_class", "widths", "head", "fingerprint",
         "vpt_peft_version",
     }  # fmt: skip
     labels = vpt.adapters[vpt.active_adapter].labels()

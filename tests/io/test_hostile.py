@@ -191,6 +191,9 @@ TRICKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a pipe": (instead(CONFIG, lambda path: os.mkfifo(path)), "lacks"),
     "a folder as file": (instead(WEIGHTS, lambda path: path.mkdir()), "lacks"),
     "a pickle": (lambda f: (f / WEIGHTS).write_bytes(pickle.dumps({"prompts.0": 1})), "never opened"),
+    "a class outside of the package": (config(model_class="os.system"), "model_class must be the name of a sup"),
+    "a class without a declaration": (config(model_class="BertModel"), "model_class must be the name of a sup"),
+    "a class of classes": (config(model_class="AutoModel"), "model_class must be the name of a supported class"),
     "code of its own": (config(auto_map={"AutoModel": "evil--Model"}), "no field auto_map"),
 }  # fmt: skip
 TRICKS |= {f"a tensor named {name[:20]!r}": (renamed(name), f"unexpected: |{NO_WEIGHTS}") for name in NASTY}

@@ -10,7 +10,17 @@ import pytest
 import torch
 from helpers.models import BEIT, SWIN, VIT, assert_same, logits
 from torch import Tensor
-from transformers import BeitConfig, BeitModel, PreTrainedModel, SwinConfig, SwinModel, ViTConfig, ViTModel
+from transformers import (
+    BeitConfig,
+    BeitModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from vpt_peft import AdapterError, ConfigError, PromptConfig, RouteError, VPTModel, get_vpt_model
 
@@ -18,11 +28,13 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "vit": lambda: ViTModel(ViTConfig(**VIT)),
     "swin": lambda: SwinModel(SwinConfig(**SWIN)),
     "beit": lambda: BeitModel(BeitConfig(**BEIT)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VIT)),
 }
 POOLINGS = {
     "vit": ("default", "class", "image", "class_and_image", "pooled", "prompt", "global"),
     "swin": ("default", "image", "pooled", "prompt", "global"),
     "beit": ("default", "class", "image", "class_and_image", "pooled"),
+    "clip": ("default", "class", "image", "class_and_image", "pooled", "prompt", "global"),
 }
 CASES = [(name, pooling) for name, poolings in POOLINGS.items() for pooling in poolings]
 
@@ -56,6 +68,8 @@ def test_logits_are_those_of_the_features_that_the_pooling_names(name: str, pool
     with torch.no_grad():
         bare = model(pixel_values)
     tokens, prefix = bare.last_hidden_state, 0 if name == "swin" else 1
+    if name == "clip":  # its output is in front of the final norm
+        tokens = vpt.backbone.final_norm(tokens).detach()
     features = {
         "class": tokens[:, 0],
         "image": tokens[:, prefix:].mean(1),

@@ -45,6 +45,11 @@ def prompt_shapes(config: PromptConfig, backbone: Backbone, fresh: Mapping[int, 
     """
     if config.num_tokens == 0 or config.kind == "prefix":
         return {}
+    if backbone.architecture.input_dims != 4 and config.location not in ("prepend", "add-shared"):
+        raise ConfigError(
+            f'location="{config.location}" needs images of one size, but {type(backbone.model).__name__} takes patches '
+            'of images of any size, got that location. Use "prepend" or "add-shared".'
+        )
     if config.location == "border":
         return _border_shapes(config, backbone)
     if config.location == "channel":

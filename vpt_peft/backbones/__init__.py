@@ -2,18 +2,20 @@
 
 from . import (  # noqa: F401  registers the declarations
     beit,
+    clip,
     data2vec,
     deit,
     dinov2,
     dinov3,
     masked,
+    siglip,
     swin,
     upernet,
     vision_language,
     vit,
 )
 from .architecture import ARCHITECTURES, Architecture, Head, register_architecture
-from .backbone import Backbone, Layer, find_backbone, list_classes
+from .backbone import Backbone, Layer, find_backbone, find_class, list_classes
 from .classifier import add_classifier
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Layer",
     "add_classifier",
     "find_backbone",
+    "find_class",
     "list_classes",
     "register_architecture",
 ]

@@ -21,7 +21,8 @@ class Head:
         encoder: path of the encoder in the model; None: ``model.base_model``.
         joins_class_token: the classifier reads ``[CLS]`` joined with the pooled tokens (DINOv2), twice the width.
         normed: the head reads tokens behind the final norm, or a function of the model; False: in front of it (CLIP).
-        unread: modules of the model without effect on the outputs, whose biases are not trained.
+        unread: modules of the model whose biases are not trained: those without effect on the outputs, those of the
+            text model, and those whose bias is read without a call. Those that a model lacks are ignored.
     """
 
     task_type: str
@@ -71,7 +72,9 @@ class Architecture:
         patch_size: side of a patch in pixels, as a function of the encoder; None: ``encoder.config.patch_size``.
         patch_projection: the convolution that embeds patches, relative to the encoder.
         patch_norm: the norm after it, likewise; None: there is none.
-        input_dims: number of dimensions of ``pixel_values``.
+        normed_output: the tokens in the encoder's output are behind the final norm.
+        input_dims: number of dimensions of ``pixel_values``: 4 for images, 3 for patches.
+        token_mask: argument of the model's forward that masks padded tokens, ``(num_images, num_tokens)``.
         blocks: for window attention (Swin): the list of layers, relative to a stage.
         merging: the patch merging after the last layer of a stage, relative to the stage, with submodules ``norm`` and
             ``reduction``; None in the last stage.
@@ -110,7 +113,9 @@ class Architecture:
     patch_size: Callable[[Any], int] | None = None
     patch_projection: str = "embeddings.patch_embeddings.projection"
     patch_norm: str | None = None
+    normed_output: bool = True
     input_dims: int = 4
+    token_mask: str | None = None
     blocks: str | None = None
     merging: str | None = None
     batch_first: bool = True

@@ -183,9 +183,7 @@ class Backbone:
     @property
     def unread_modules(self) -> set[nn.Module]:
         """Modules whose output does not reach the head."""
-        named = [
-            self.model.get_submodule(path) for path in self.head.unread if attrgetter(path)(self.model) is not None
-        ]
+        named = [module for path, module in self.model.named_modules() if path in self.head.unread]
         layers, mergings = _find_layers(self.encoder, self.architecture, None)
         unread = [layer.module for layer in layers[len(self.layers) :]]
         unread += [merging for index, merging in mergings.items() if index not in self.mergings]
@@ -211,9 +209,10 @@ class Backbone:
 
     @property
     def model_class(self) -> str | None:
-        """Name of the model's class in transformers; None for a class of the user's own."""
-        cls = type(self.original)
-        return cls.__name__ if getattr(transformers, cls.__name__, None) is cls else None
+        """Name of the model's class in transformers, or of the supported class there that it is derived from; None if
+        there is none."""
+        names = [cls.__name__ for cls in type(self.original).__mro__ if cls is find_class(cls.__name__)]
+        return names[0] if names else None
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -267,7 +266,7 @@ class Backbone:
     @property
     def num_features(self) -> int:
         """Input width of a linear head."""
-        return self.widths[-1]
+        return self.widths[-1] * (2 if self.head.joins_class_token else 1)
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -367,6 +366,12 @@ def list_classes(architectures: Sequence[Architecture] | None = None) -> list[st
     """Names of the model classes that are declared, each once; None: by all declarations."""
     declared = chain(*ARCHITECTURES.values()) if architectures is None else architectures
     return list(dict.fromkeys(name for architecture in declared for name in architecture.heads))
+
+
+def find_class(name: object) -> type[transformers.PreTrainedModel] | None:
+    """The supported model class of transformers with a name; None if there is none. No other name is looked up."""
+    found = getattr(transformers, name, None) if isinstance(name, str) and name in list_classes() else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _find_head(model: nn.Module, heads: dict[str, Head]) -> Head | None:

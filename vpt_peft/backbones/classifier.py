@@ -55,7 +55,7 @@ class BackboneForImageClassification(PreTrainedModel):
         if backbone.num_prefix_tokens == 0 and isinstance(pooled, Tensor):
             return pooled
         features: Tensor = tokens[:, 0] if backbone.num_prefix_tokens else tokens.mean(1)
-        return features if backbone.head_is_normed else backbone.final_norm(features)
+        return features if backbone.architecture.normed_output else backbone.final_norm(features)
 
     def get_input_embeddings(self) -> Any:
         """The backbone's."""
@@ -72,12 +72,6 @@ def add_classifier(backbone: Backbone, num_labels: int) -> Backbone:
     if backbone.num_prefix_tokens and getattr(backbone.model, "pooler", None) is not None:
         unread.append("pooler")  # [CLS] is read in its place
     head = Head("IMAGE_CLASSIFICATION", ("classifier",), unread=tuple(f"backbone.{path}" for path in unread))
-    final_norm = (
-        None if backbone.head_is_normed else backbone.architecture.final_norm
-    )  # comes after the mean over tokens
-    architecture, head = (
-        replace(backbone.architecture, pooled_norm=final_norm),
-        replace(head, normed=final_norm is None),
-    )
+    architecture = replace(backbone.architecture, pooled_norm=None)
     model = BackboneForImageClassification(backbone, num_labels)
     return replace(backbone, model=model, architecture=architecture, head=head)

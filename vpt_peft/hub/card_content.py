@@ -26,6 +26,7 @@ CARD_DETAILS = frozenset({"model_id", "training_data", "metrics", "hyperparamete
 PIPELINES = {
     "IMAGE_CLASSIFICATION": "image-classification",
     "SEMANTIC_SEGMENTATION": "image-segmentation",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION": "zero-shot-image-classification",
     "FEATURE_EXTRACTION": "image-feature-extraction",
 }
 MAX_LABELS = 50

@@ -4,50 +4,63 @@ from __future__ import annotations
 
 import json
 
-import transformers
 from transformers.backbone_utils import BackboneMixin
 
 from ..adapter import Adapter
+from ..backbones import find_class
 
 BACKBONE_CLASSES = {
     "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
     "SEMANTIC_SEGMENTATION": "AutoModelForSemanticSegmentation",
     "MASKED_IMAGE_MODELING": "AutoModelForMaskedImageModeling",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION": "AutoModelForZeroShotImageClassification",
     "FEATURE_EXTRACTION": "AutoModel",
 }
 UNNAMED = "path/to/backbone"  # in place of a backbone that the card cannot name
 CLASSIFICATION = """\
 with torch.no_grad():
-    logits = vpt(pixel_values).logits
+    logits = vpt(**inputs).logits
 print(vpt.config.id2label[logits.argmax(-1).item()])"""
 MULTI_LABEL = """\
 with torch.no_grad():
-    probabilities = vpt(pixel_values).logits.sigmoid()[0]
+    probabilities = vpt(**inputs).logits.sigmoid()[0]
 print({vpt.config.id2label[label]: probability for label, probability in enumerate(probabilities.tolist())})"""
 REGRESSION = """\
 with torch.no_grad():
-    values = vpt(pixel_values).logits[0]
+    values = vpt(**inputs).logits[0]
 print({vpt.config.id2label[label]: value for label, value in enumerate(values.tolist())})"""
 SEGMENTATION = """\
 with torch.no_grad():
-    logits = vpt(pixel_values).logits
+    logits = vpt(**inputs).logits
 logits = torch.nn.functional.interpolate(logits, size=(image.height, image.width), mode="bilinear")
 mask = logits.argmax(1)[0]  # a label for each pixel, (height, width)
 print([vpt.config.id2label[label] for label in mask.unique().tolist()])"""
 FEATURES = """\
 with torch.no_grad():
-    features = vpt(pixel_values).last_hidden_state  # (1, number of tokens, width)
+    features = vpt(**inputs).last_hidden_state  # (1, number of tokens, width)
 print(features.shape)"""
 FEATURE_MAPS = """\
 with torch.no_grad():
-    feature_maps = vpt(pixel_values).feature_maps  # each (1, width, height, width of the map)
-print([feature_map.shape for feature_map in feature_maps])"""
+    feature_maps = vpt(**inputs).feature_maps  # each (1, channels, height, width)
+print([features.shape for features in feature_maps])"""
 MASKED = """\
-num_patches = (pixel_values.shape[-1] // vpt.config.patch_size) ** 2
+num_patches = (inputs.pixel_values.shape[-1] // vpt.config.patch_size) ** 2
 bool_masked_pos = torch.rand(1, num_patches) < 0.5  # the patches to predict
 with torch.no_grad():
-    image = vpt(pixel_values, bool_masked_pos=bool_masked_pos).reconstruction
-print(image.shape)"""
+    output = vpt(**inputs, bool_masked_pos=bool_masked_pos)
+predicted = output.get("reconstruction", output.get("logits"))  # the image, or scores of visual tokens
+print(predicted.shape)"""
+ZERO_SHOT = """\
+tokenizer = AutoTokenizer.from_pretrained(vpt.name_or_path)
+labels = ["a photo of a cat", "a photo of a dog"]
+texts = tokenizer(labels, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    logits = vpt(**inputs, **texts).logits_per_image
+print(labels[logits.argmax(-1).item()])"""
+
+OTHERS = {
+    "SEMANTIC_SEGMENTATION": SEGMENTATION, "MASKED_IMAGE_MODELING": MASKED, "ZERO_SHOT_IMAGE_CLASSIFICATION": ZERO_SHOT,
+}  # fmt: skip
 
 
 def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_processor: bool) -> str:
@@ -64,11 +77,12 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
         names, vpt_class = ["AutoImageProcessor"], "AutoVPTModel"
         loading = [f"vpt = AutoVPTModel.from_pretrained({source})"]
     else:
-        names, vpt_class = sorted({"AutoImageProcessor", backbone_class}), "VPTModel"
+        names, vpt_class = ["AutoImageProcessor", backbone_class], "VPTModel"
         loading = [
             f'model = {backbone_class}.from_pretrained("{UNNAMED}")  # the backbone that the adapter was trained on',
             f"vpt = VPTModel.from_pretrained(model, {source})",
         ]
+    names += ["AutoTokenizer"] if adapter.config.task_type == "ZERO_SHOT_IMAGE_CLASSIFICATION" else []
     options = ""
     if adapter.config.location == "border" and adapter.image_size:
         height, width = adapter.image_size  # smaller than the processor makes them
@@ -76,7 +90,7 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
     return "\n".join([
         "import torch",
         "from PIL import Image",
-        f"from transformers import {', '.join(names)}",
+        f"from transformers import {', '.join(sorted(names))}",
         "",
         f"from vpt_peft import {vpt_class}",
         "",
@@ -84,17 +98,17 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
         f"processor = AutoImageProcessor.from_pretrained({source if has_processor else 'vpt.name_or_path'})",
         "",
         'image = Image.open("image.jpg").convert("RGB")',
-        f'pixel_values = processor(image, {options}return_tensors="pt").pixel_values',
+        f'inputs = processor(image, {options}return_tensors="pt")',
         _prediction(adapter),
     ])  # fmt: skip
 
 
 def _prediction(adapter: Adapter) -> str:
-    task_type, model_config = str(adapter.config.task_type), adapter.model_config
-    if task_type != "IMAGE_CLASSIFICATION":
-        is_backbone = issubclass(getattr(transformers, adapter.model_class or "", object), BackboneMixin)
-        features = FEATURE_MAPS if is_backbone else FEATURES
-        return {"SEMANTIC_SEGMENTATION": SEGMENTATION, "MASKED_IMAGE_MODELING": MASKED}.get(task_type, features)
+    model_config = adapter.model_config
+    if adapter.config.task_type == "FEATURE_EXTRACTION":
+        return FEATURE_MAPS if issubclass(find_class(adapter.model_class) or object, BackboneMixin) else FEATURES
+    if adapter.config.task_type != "IMAGE_CLASSIFICATION":
+        return OTHERS[str(adapter.config.task_type)]
     problem_type = model_config.problem_type
     if problem_type == "multi_label_classification":
         return MULTI_LABEL

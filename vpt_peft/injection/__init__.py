@@ -2,6 +2,7 @@
 
 from .context import AdapterBatch, ForwardContext, activate, disable, is_disabled
 from .injector import Injector, has_overrides
+from .locations import enter_image
 
 __all__ = [
     "AdapterBatch",
@@ -9,6 +10,7 @@ __all__ = [
     "Injector",
     "activate",
     "disable",
+    "enter_image",
     "has_overrides",
     "is_disabled",
 ]

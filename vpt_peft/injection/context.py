@@ -68,6 +68,7 @@ class ForwardContext:
         image_reached: the prompts that are part of the image have been put into it.
         last_hidden_state: output of the encoder, ``(num_images, num_tokens, width)``, where a pooling reads it.
         pooler_output: its pooled output, ``(num_images, width)``, likewise; None if it has none.
+        token_mask: ``(num_images, num_tokens)``, 0 for padded tokens; None: there are none.
     """
 
     backbone: Backbone
@@ -79,6 +80,7 @@ class ForwardContext:
     image_reached: bool = False
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
+    token_mask: Tensor | None = None
 
     def has_prompts(self, layer: int) -> bool:
         """Whether any image has prompts in a layer."""

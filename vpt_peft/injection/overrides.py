@@ -13,7 +13,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..adapter import is_quantized
 from ..backbones import Backbone
-from ..config import ADDED_POOLINGS
 from ..errors import RouteError
 from .context import AdapterBatch, ForwardContext, activate, activate_alone, current_forward
 from .locations import enter_image, project_with_channels
@@ -86,6 +85,7 @@ class EntryOverride(ForwardOverride):
         context.entered = (*context.entered, self.module)
         if self.module is self.backbone.model:
             kwargs["pixel_values"] = enter_image(context, kwargs["pixel_values"])
+            context.token_mask = kwargs.get(self.backbone.architecture.token_mask or "")
         output = self.forward(*args, **kwargs)
         if self.module is self.backbone.encoder and any(batch.pooling != "default" for batch in context.batches):
             context.last_hidden_state = output.last_hidden_state
@@ -182,7 +182,7 @@ class HeadOverride(ForwardOverride):
 
 def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone) -> Tensor:
     """What an adapter's classifier reads by its ``pooling``: ``[CLS]``, the mean over image tokens, prompts or both, or
-    the model's pooled output.
+    the model's pooled output. Padding is left out.
 
     Returns:
         ``(images of the adapter, width)``; where ``[CLS]`` and the mean are joined, twice the width.
@@ -196,20 +196,39 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
         return batch.select(context.pooler_output)
     assert context.last_hidden_state is not None  # the encoder runs before the head
     hidden = batch.select(context.last_hidden_state)
+    if backbone.has_added_classifier and not backbone.architecture.normed_output:
+        hidden = backbone.final_norm(hidden)
     class_token, tokens = hidden[:, 0], hidden[:, backbone.num_prefix_tokens :]
+    mask = None if context.token_mask is None else batch.select(context.token_mask)
     with activate_alone(context, batch):
         if batch.pooling in ("prompt", "global"):
             assert batch.prompts is not None  # the plan makes sure of it
             prompts = backbone.final_norm(batch.prompts) if backbone.head_is_normed else batch.prompts
-            tokens = prompts if batch.pooling == "prompt" else torch.cat([tokens, prompts], dim=1)
-        mean = tokens.mean(1)
+            if batch.pooling == "prompt":
+                tokens, mask = prompts, None
+            else:
+                tokens = torch.cat([tokens, prompts], dim=1)
+                mask = None if mask is None else nn.functional.pad(mask, (0, prompts.shape[1]), value=1)
+        mean = average(tokens, mask)
         if backbone.pooled_norm is not None:
             mean = backbone.pooled_norm(mean)
-            class_token = backbone.pooled_norm(class_token) if batch.pooling in ADDED_POOLINGS else class_token
     if batch.pooling == "class":
         return class_token
     joins = backbone.head.joins_class_token or batch.pooling == "class_and_image"
     return torch.cat([class_token, mean], dim=-1) if joins else mean
+
+
+def average(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over tokens.
+
+    Args:
+        tokens: ``(num_images, num_tokens, width)``.
+        mask: ``(num_images, num_tokens)``, 0 for tokens to leave out; None: there are none.
+    """
+    if mask is None:
+        return tokens.mean(1)
+    weights = mask.to(tokens).unsqueeze(-1)
+    return (tokens * weights).sum(1) / weights.sum(1)
 
 
 def merge_outputs(outputs: Sequence[Any], context: ForwardContext) -> Any:

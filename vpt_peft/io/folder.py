@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, check_labels
-from ..backbones import Backbone
+from ..backbones import Backbone, find_class
 from ..config import PromptConfig
 from ..errors import CheckpointError, ConfigError, safe_repr, truncate_list
 from ..version import __version__
@@ -35,7 +35,7 @@ MAX_LISTED = 20
 # Fields that define the function of an adapter; they may be edited only together with the weights.
 SEALED = (
     "num_tokens", "kind", "deep", "layers_to_transform", "carry", "shared", "projection_dim", "pooling", "location",
-    "bias", "modules_to_save", "model_type", "widths",
+    "bias", "modules_to_save", "model_type", "model_class", "widths",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class SavedAdapter:
     Attributes:
         labels: ``id2label``, ``label2id`` and ``problem_type``.
         model_type, widths: type of the backbone, and the width of each layer, as they are in the file.
-        model_class: class of the backbone in transformers, as it is in the file; None: of the user's own, or unknown.
+        model_class: name of the backbone's class; None in older files, and for classes outside of transformers.
         head: classes of the head's output layers by path, as they are in the file; None in files of other tools.
         fingerprint: of the backbone; None in files of other tools.
         weights: the weights file, open.
@@ -55,8 +55,8 @@ class SavedAdapter:
     config: PromptConfig
     labels: dict[str, Any]
     model_type: Any
+    model_class: str | None
     widths: Any
-    model_class: Any
     head: Any
     fingerprint: Fingerprint | None
     weights: Weights
@@ -75,8 +75,8 @@ def pack_config(adapter: Adapter, fingerprint: Fingerprint) -> bytes:
         **adapter.config.replace(inference_mode=True).to_dict(),
         **adapter.labels(),
         "model_type": adapter.model_type,
-        "widths": adapter.widths,
         "model_class": adapter.model_class,
+        "widths": adapter.widths,
         "head": adapter.head_classes,
         "fingerprint": fingerprint.without(
             [*adapter.head.paths, *adapter.modules_to_save.paths], adapter.bias.paths
@@ -230,21 +230,27 @@ def _parse_json(content: bytes, folder: Path) -> dict[str, Any]:
     return values
 
 
-def _parse(values: Mapping[str, Any]) -> tuple[PromptConfig, dict[str, Any], Any, Any, Any, Any, Fingerprint | None]:
-    """Config, labels, model type, widths, model class, head and fingerprint in ``adapter_config.json``."""
+def _parse(
+    values: Mapping[str, Any],
+) -> tuple[PromptConfig, dict[str, Any], Any, str | None, Any, Any, Fingerprint | None]:
+    """Config, labels, model type, backbone class, widths, head and fingerprint in ``adapter_config.json``."""
     values = {name: value for name, value in values.items() if name != "vpt_peft_version"}
     try:
         labels = {name: values.pop(name) for name in ("id2label", "label2id", "problem_type")}
         model_type, widths = values.pop("model_type"), values.pop("widths")
-        model_class, head, fingerprint = (values.pop(name, None) for name in ("model_class", "head", "fingerprint"))
-        if not isinstance(model_class, str | None):
-            raise ConfigError(f"model_class must be the name of a class or None, got {safe_repr(model_class)}.")
+        head, fingerprint = values.pop("head", None), values.pop("fingerprint", None)
+        model_class = values.pop("model_class", None)
         config, checked = PromptConfig.from_dict(values), check_labels(**labels)
         names = {str(label): name for label, name in checked["id2label"].items()}
         if {**checked, "id2label": names} != labels:  # such as names that are numbers
             raise ConfigError("id2label must map 0 to n-1 to strings, and label2id strings to 0 to n-1.")
+        if model_class is not None and find_class(model_class) is None:
+            raise ConfigError(
+                "model_class must be the name of a supported class of transformers, such as 'ViTModel', or null, "
+                f"got {safe_repr(model_class)}."
+            )
         parsed = None if fingerprint is None else Fingerprint.from_dict(fingerprint)
-        return config, checked, model_type, widths, model_class, head, parsed
+        return config, checked, model_type, model_class, widths, head, parsed
     except KeyError as error:
         raise CheckpointError(f"{CONFIG_NAME} must contain {error}. Was it saved by vpt-peft?") from error
     except ConfigError as error:
@@ -254,7 +260,13 @@ def _parse(values: Mapping[str, Any]) -> tuple[PromptConfig, dict[str, Any], Any
 def _check_sealed(saved: SavedAdapter, sealed: SavedAdapter) -> None:
     """Raises CheckpointError if the config file and the weights belong to different adapters."""
     values, expected = (
-        {**part.config.to_dict(), "model_type": part.model_type, "widths": part.widths} for part in (saved, sealed)
+        {
+            **part.config.to_dict(),
+            "model_type": part.model_type,
+            "model_class": part.model_class,
+            "widths": part.widths,
+        }
+        for part in (saved, sealed)
     )
     changed = [
         f"{name}: expected {safe_repr(expected[name])}, got {safe_repr(values[name])}"

@@ -87,10 +87,20 @@ def pop_peft_options(method: str, options: dict[str, Any]) -> None:
     check_options(method, {name: options.pop(name) for name in PEFT_OPTIONS if name in options}, ())
 
 
-def check_pixel_values(pixel_values: object) -> None:
-    """Raises AdapterError unless the images are in the format that image processors return."""
+SHAPES = {
+    4: "(num_images, num_channels, height, width)",
+    3: "(num_images, num_patches, num_channels * patch_size * patch_size)",
+}
+
+
+def check_pixel_values(pixel_values: object, num_dims: int = 4) -> None:
+    """Raises AdapterError unless the images are in the format that image processors return.
+
+    Args:
+        num_dims: number of dimensions that the backbone takes, 4 for images, 3 for patches.
+    """
     if isinstance(pixel_values, Tensor):
-        if pixel_values.ndim == 4 and pixel_values.is_floating_point():
+        if pixel_values.ndim == num_dims and pixel_values.is_floating_point():
             return
         got = f"a tensor of {pixel_values.dtype} and shape {tuple(pixel_values.shape)}"
     elif isinstance(pixel_values, str | PathLike | None):
@@ -98,9 +108,8 @@ def check_pixel_values(pixel_values: object) -> None:
     else:
         got = f"a value of type {type(pixel_values).__name__}"
     raise AdapterError(
-        "pixel_values must be a floating-point tensor of shape (num_images, num_channels, height, width), got "
-        f"{got}. Use the image processor of the backbone: "
-        'vpt(**processor(PIL.Image.open("image.jpg"), return_tensors="pt")).'
+        f"pixel_values must be a floating-point tensor of shape {SHAPES[num_dims]}, got {got}. Use the image "
+        'processor of the backbone: vpt(**processor(PIL.Image.open("image.jpg"), return_tensors="pt")).'
     )
 
 

@@ -49,10 +49,11 @@ def mix_adapters(adapters: Mapping[str, Adapter], names: Sequence[str], num_imag
     return batches
 
 
-def count_labels(adapters: Mapping[str, Adapter], names: Sequence[str], base_labels: int) -> list[int]:
+def count_labels(adapters: Mapping[str, Adapter], names: Sequence[str], backbone: Backbone) -> list[int]:
     """Number of labels of each image's task; without a classifier, the number of features."""
-    num_features = next(iter(adapters.values())).widths[-1]
-    return [(base_labels if name == BASE else adapters[name].num_labels) or num_features for name in names]
+    base_labels = backbone.model.config.num_labels
+    counts = (base_labels if name == BASE else adapters[name].num_labels for name in names)
+    return [count or backbone.num_features for count in counts]
 
 
 def mask_padded_logits(output: Any, num_labels: Sequence[int]) -> None:

@@ -51,7 +51,7 @@ class Reservoir:
         self.vectors = (torch.cat([self.vectors, arrived]) if len(self.vectors) else arrived)[kept]
 
 
-def check_init(adapter: Adapter, method: object, num_images: object) -> None:
+def check_init(adapter: Adapter, backbone: Backbone, method: object, num_images: object) -> None:
     """Checks that the prompts of an adapter can start as tokens, before the backbone runs.
 
     Raises:
@@ -73,6 +73,11 @@ def check_init(adapter: Adapter, method: object, num_images: object) -> None:
         raise ConfigError(
             f'Prompts at location="{adapter.config.location}" are no tokens, and cannot start as some. '
             'Use location="prepend".'
+        )
+    if backbone.architecture.input_dims != 4:
+        raise ConfigError(
+            f"Prompts cannot start as tokens of {type(backbone.model).__name__}, whose images are padded, got a call "
+            "of init_prompts(). Keep the prompts as they are."
         )
     if method == "kmeans":
         _import_kmeans()

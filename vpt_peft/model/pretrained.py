@@ -61,7 +61,7 @@ UNSUPPORTED = {
         "set_encoder", "set_experts_implementation", "set_input_embeddings", "set_output_embeddings",
         "set_use_kernels",
     ),
-    "Attention masks of text are not used.": (
+    "Attention masks of texts are made by the backbone.": (
         "create_extended_attention_mask_for_decoder", "get_extended_attention_mask", "invert_attention_mask",
         "warn_if_padding_and_no_attention_mask",
     ),

@@ -21,7 +21,7 @@ from ..adapter import Adapter, ProjectionCache
 from ..backbones import Backbone
 from ..config import PromptConfig
 from ..errors import AdapterError, RouteError
-from ..injection import AdapterBatch, ForwardContext, Injector, activate, disable, is_disabled
+from ..injection import AdapterBatch, ForwardContext, Injector, activate, disable, enter_image, is_disabled
 from .arguments import (
     BASE,
     HUB_OPTIONS,
@@ -170,27 +170,40 @@ class VPTModel(PreTrainedAdapterModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         adapter_names: Sequence[str] | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the backbone with the active adapter, or each image with its own. The output is the backbone's own.
 
         Args:
-            pixel_values: ``(num_images, num_channels, height, width)``, from the backbone's image processor.
+            pixel_values: ``(num_images, num_channels, height, width)``, from the backbone's image processor; for
+                SigLIP 2, patches, with ``pixel_attention_mask`` and ``spatial_shapes``.
             labels: class numbers ``(num_images,)``, or ``(num_images, height, width)`` for segmentation, or what the
                 task's loss takes; the output then contains the loss.
             adapter_names: the adapter of each image, ``"__base__"`` for the bare backbone, in one forward pass.
                 ``logits`` are padded with ``-inf``; ``num_labels`` is the number of labels of each row. The active
                 adapter and :meth:`disable_adapter` then have no effect.
+            input_ids, attention_mask: texts of a dual encoder (CLIP, SigLIP), in any number; with ``return_loss=True``,
+                the output contains its loss for pairs of images and texts.
 
         Raises:
             AdapterError: an argument does not match the adapters; RouteError: prompts did not reach a layer.
         """
         self._check_loaded()
-        check_pixel_values(pixel_values)
+        if pixel_values is None and input_ids is not None:
+            raise AdapterError(
+                "pixel_values must be given with input_ids, got None. For texts alone, use vpt.get_text_features(...)."
+            )
+        check_pixel_values(pixel_values, self.backbone.architecture.input_dims)
         assert pixel_values is not None
         optional = {
             "bool_masked_pos": bool_masked_pos, "interpolate_pos_encoding": interpolate_pos_encoding,
             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+            "pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes, "input_ids": input_ids,
+            "attention_mask": attention_mask,
         }  # fmt: skip
         kwargs |= {name: value for name, value in optional.items() if value is not None}
         if labels is not None and adapter_names is not None:
@@ -207,7 +220,7 @@ class VPTModel(PreTrainedAdapterModel):
         context = None if disabled else self._make_context(pixel_values.shape[0], adapter_names)
         num_labels = None  # counted now: another thread may delete an adapter during the forward pass
         if adapter_names is not None:
-            num_labels = count_labels(self._adapters, adapter_names, self.base_model.config.num_labels)
+            num_labels = count_labels(self._adapters, adapter_names, self.backbone)
         model = self.backbone.original if disabled else self.base_model
         with activate(context):
             output = model(pixel_values=pixel_values, return_dict=True, **kwargs)
@@ -221,6 +234,62 @@ class VPTModel(PreTrainedAdapterModel):
             mask_padded_logits(output, num_labels)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
+
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, *, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The features of images in a dual encoder (CLIP, SigLIP), with prompts: as the backbone's own method.
+
+        Args:
+            pixel_values, adapter_names: as in :meth:`forward`.
+            kwargs: of the backbone's method.
+
+        Returns:
+            The output of the vision model, with the features ``(num_images, dim)`` as ``pooler_output``.
+
+        Raises:
+            AdapterError: the backbone is no dual encoder, or an argument does not match the adapters.
+        """
+        get_features = self._dual_encoder("get_image_features")
+        check_pixel_values(pixel_values, self.backbone.architecture.input_dims)
+        assert pixel_values is not None
+        context = None
+        if adapter_names is not None or not is_disabled(self):
+            context = self._make_context(pixel_values.shape[0], adapter_names)
+            pixel_values = enter_image(context, pixel_values)
+        with activate(context):
+            output = get_features(pixel_values=pixel_values, **{**kwargs, "return_dict": True})
+        if context is not None:
+            self._check_layers_reached(context)
+            watch_gradients(output, context)
+        return output if kwargs.get("return_dict", True) else output.to_tuple()
+
+    def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
+        """The features of texts in a dual encoder (CLIP, SigLIP): the backbone's own method.
+
+        Prompts do not change them; copies of modules of the text model (``modules_to_save``) do.
+
+        Raises:
+            AdapterError: the backbone is no dual encoder.
+        """
+        get_features = self._dual_encoder("get_text_features")
+        context = None if is_disabled(self) else ForwardContext(self.backbone, 0, [AdapterBatch(self._active)], False)
+        with activate(context):
+            return get_features(*args, **kwargs)
+
+    @property
+    def _is_dual_encoder(self) -> bool:
+        return self.backbone.head.task_type == "ZERO_SHOT_IMAGE_CLASSIFICATION"
+
+    def _dual_encoder(self, method: str) -> Any:
+        """A method of a dual encoder."""
+        self._check_loaded()
+        if not self._is_dual_encoder:
+            raise AdapterError(
+                f"{method}() needs a model of images and texts, such as CLIPModel, got "
+                f"{type(self.base_model).__name__}. Call the model itself."
+            )
+        return getattr(self.base_model, method)
 
     def _make_context(self, num_images: int, adapter_names: Sequence[str] | None) -> ForwardContext:
         assert self._injector is not None
@@ -448,10 +517,11 @@ class VPTModel(PreTrainedAdapterModel):
         """
         self._check_loaded()
         adapter = self._active
-        check_init(adapter, method, num_images)
+        check_init(adapter, self.backbone, method, num_images)
 
         def run(images: Tensor) -> None:
-            self(images.to(self.device, self.dtype), **kwargs)
+            call = self.get_image_features if self._is_dual_encoder else self
+            call(images.to(self.device, self.dtype), **kwargs)
 
         with evaluating(self), self.disable_adapter():
             tokens = collect_tokens(run, self.backbone, adapter, dataloader, method, num_images)
