@@ -22,7 +22,15 @@ from transformers import (
     ViTModel,
 )
 
-from vpt_peft import AdapterError, ConfigError, PromptConfig, RouteError, VPTModel, get_vpt_model
+from vpt_peft import (
+    AdapterError,
+    AutoVPTModelForImageClassification,
+    ConfigError,
+    PromptConfig,
+    RouteError,
+    VPTModel,
+    get_vpt_model,
+)
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "vit": lambda: ViTModel(ViTConfig(**VIT)),
@@ -186,3 +194,14 @@ def test_a_model_without_pooled_output_says_so() -> None:
 def test_poolings_of_an_added_classifier_are_refused_for_others(vit: Any) -> None:
     with pytest.raises(ConfigError, match="needs a classifier that is added to a model without one, got ViTFor"):
         vit.prompted(pooling="class")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_backbone_and_classifier_are_found_again_by_the_name_of_the_backbone(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "backbone")
+    model = type(build(name)).from_pretrained(tmp_path / "backbone")
+    vpt = classify(model, "image").eval()
+    vpt.save_pretrained(tmp_path / "adapter")
+    loaded = AutoVPTModelForImageClassification.from_pretrained(tmp_path / "adapter")
+    assert type(loaded.get_base_model()) is type(model)
+    assert torch.equal(logits(loaded, images(model)), logits(vpt, images(model)))
