@@ -108,7 +108,7 @@ def save_adapter(folder: Path, content: bytes, tensors: Mapping[str, Tensor]) ->
 
 
 def load_adapter(
-    folder: Path,
+    saved: SavedAdapter,
     backbone: Backbone,
     fingerprint: Fingerprint | None,
     is_trainable: bool = False,
@@ -117,46 +117,44 @@ def load_adapter(
     """Creates an adapter from its folder.
 
     Args:
-        folder: see :func:`open_folder`.
+        saved: the folder, see :func:`open_folder`.
         fingerprint: the backbone's, which must be that of the adapter; None: it may be another.
         is_trainable: whether it may train.
         dtype: precision of its tensors; None: float32.
 
     Raises:
-        CheckpointError: the folder is incomplete or damaged, or the adapter was made for another backbone.
+        CheckpointError: the folder is damaged, or the adapter was made for another backbone.
     """
-    with open_folder(folder) as saved:
-        _check_backbone(saved, backbone, fingerprint)
-        config = saved.config.replace(inference_mode=not is_trainable)
-        try:  # on the meta device: no memory is allocated until the shapes are known to match
-            adapter = Adapter(config, backbone, saved.labels, torch.device("meta"))
-        except (RuntimeError, OverflowError, TypeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"No adapter with the values of {CONFIG_NAME} can be created: {reason}.") from error
-        _check_head(saved, adapter)
-        check_shapes(adapter.state_dict(), saved.weights.shapes)
-        adapter.materialize(backbone.device, dtype)
-        load_state_dict(adapter, saved.weights.tensors())
-        return adapter
+    _check_backbone(saved, backbone, fingerprint)
+    config = saved.config.replace(inference_mode=not is_trainable)
+    try:  # on the meta device: no memory is allocated until the shapes are known to match
+        adapter = Adapter(config, backbone, saved.labels, torch.device("meta"))
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"No adapter with the values of {CONFIG_NAME} can be created: {reason}.") from error
+    _check_head(saved, adapter)
+    check_shapes(adapter.state_dict(), saved.weights.shapes)
+    adapter.materialize(backbone.device, dtype)
+    load_state_dict(adapter, saved.weights.tensors())
+    return adapter
 
 
-def reload_adapter(adapter: Adapter, folder: Path, backbone: Backbone, fingerprint: Fingerprint | None) -> None:
+def reload_adapter(adapter: Adapter, saved: SavedAdapter, backbone: Backbone, fingerprint: Fingerprint | None) -> None:
     """Loads the tensors in a folder into an adapter with equal config and labels; see :func:`load_adapter`.
 
     Raises:
-        CheckpointError: the folder is incomplete or damaged, or its config differs. Nothing has changed.
+        CheckpointError: the folder is damaged, or its config differs. Nothing has changed.
     """
-    with open_folder(folder) as saved:
-        _check_backbone(saved, backbone, fingerprint)
-        different = _different_fields(adapter, saved)
-        if different:
-            raise CheckpointError(
-                f"Expected the config and labels of the existing adapter, but '{folder}' differs in "
-                f"{', '.join(different)}. Delete that adapter first, or load under another name."
-            )
-        _check_head(saved, adapter)
-        check_shapes(adapter.state_dict(), saved.weights.shapes)
-        load_state_dict(adapter, saved.weights.tensors())
+    _check_backbone(saved, backbone, fingerprint)
+    different = _different_fields(adapter, saved)
+    if different:
+        raise CheckpointError(
+            f"Expected the config and labels of the existing adapter, but '{saved.weights.path.parent}' differs in "
+            f"{', '.join(different)}. Delete that adapter first, or load under another name."
+        )
+    _check_head(saved, adapter)
+    check_shapes(adapter.state_dict(), saved.weights.shapes)
+    load_state_dict(adapter, saved.weights.tensors())
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from .atomic import read_unreplaced
 
 KEY = "vpt_peft"
 MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 10_000  # many more than adapters have
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ def open_weights(path: Path) -> Iterator[Weights]:
             "Pickled weights are never opened."
         ) from error
     with opened as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        if len(names) > MAX_TENSORS:  # older versions of safetensors need minutes for the shapes of so many
+            raise CheckpointError(
+                f"'{path}' must contain the tensors of an adapter, at most {MAX_TENSORS:,}, got {len(names):,}."
+            )
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         yield Weights(path, file, shapes, *_read_seal(path, file.metadata() or {}))
 
 

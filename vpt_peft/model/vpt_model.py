@@ -148,11 +148,10 @@ class VPTModel(PreTrainedAdapterModel):
         dtype = storage_dtype(dtype, torch_dtype)
         source = check_options("VPTModel.from_pretrained", source, HUB_OPTIONS)
         backbone = find_bare_backbone(model)
-        with hub.pulled(model_id, **source) as folder:
-            with io.open_folder(folder) as saved:
-                backbone = with_classifier(backbone, saved.config.task_type, saved.labels)
+        with hub.pulled(model_id, **source) as folder, io.open_folder(folder) as saved:
+            backbone = with_classifier(backbone, saved.config.task_type, saved.labels)
             fingerprint = io.take_fingerprint(backbone)
-            adapter = io.load_adapter(folder, backbone, fingerprint if check_backbone else None, is_trainable, dtype)
+            adapter = io.load_adapter(saved, backbone, fingerprint if check_backbone else None, is_trainable, dtype)
         hub.warn_if_revision_differs(adapter.config, model)
         vpt = cls.__new__(cls)
         vpt._build(backbone, fingerprint, adapter_name, adapter, training=False)
@@ -437,11 +436,11 @@ class VPTModel(PreTrainedAdapterModel):
         dtype = storage_dtype(dtype, torch_dtype)
         source = check_options("load_adapter", source, HUB_OPTIONS)
         fingerprint = self._fingerprint if check_backbone else None
-        with hub.pulled(model_id, **source) as folder:
+        with hub.pulled(model_id, **source) as folder, io.open_folder(folder) as saved:
             if adapter_name in self.adapters:
-                io.reload_adapter(self._adapters[adapter_name], folder, self.backbone, fingerprint)
+                io.reload_adapter(self._adapters[adapter_name], saved, self.backbone, fingerprint)
                 return
-            adapter = io.load_adapter(folder, self.backbone, fingerprint, is_trainable, dtype)
+            adapter = io.load_adapter(saved, self.backbone, fingerprint, is_trainable, dtype)
         hub.warn_if_revision_differs(adapter.config, self.base_model)
         self._insert(adapter_name, adapter)
 
