@@ -33,7 +33,7 @@ from transformers import AutoModelForImageClassification
 
 from vpt_peft import VPTError, VPTModel
 
-NAMES = ("linear", "vpt-shallow", "vpt-deep")
+NAMES = ("linear", "vpt-shallow", "vpt-deep", "vpt-prefix-bias")
 BACKBONES = {"vit": "ViT", "swin": "Swin"}
 
 
