@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import assert_same, logits, tiny_vit
+from helpers.models import Tiny, assert_same, logits, tiny_vit
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig, Trainer, TrainingArguments
 from transformers import ViTForImageClassification as Classifier
 
@@ -58,6 +58,19 @@ def prompted(model: PreTrainedModel, **config: Any) -> VPTModel:
     return get_vpt_model(model, PromptConfig(num_tokens=5, **config))
 
 
+def train(vpt: VPTModel, tiny: Tiny, *rates: float) -> list[float]:
+    """The losses of six steps of AdamW."""
+    optimizer_class, groups = adamw(vpt, *rates)
+    optimizer, losses = optimizer_class(**groups), []
+    for _ in range(6):
+        loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_prompts_train_on_a_quantised_backbone_and_come_back(quantizer: str, load: Load, tmp_path: Path) -> None:
     tiny, model = tiny_vit(**SIZE), load(quantizer)
@@ -67,14 +80,7 @@ def test_prompts_train_on_a_quantised_backbone_and_come_back(quantizer: str, loa
     vpt = prompted(model).train()
     assert all(type(own) is torch.nn.Parameter and own.dtype == torch.float32 for own in vpt.adapters.parameters())
 
-    optimizer_class, groups = adamw(vpt, 1e-2, 1e-2)
-    optimizer, losses = optimizer_class(**groups), []
-    for _ in range(6):
-        loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(vpt, tiny, 1e-2, 1e-2)
     assert losses[-1] < losses[0] / 2
 
     with torch.no_grad():
@@ -95,14 +101,7 @@ def test_a_prefix_starts_without_effect_on_a_quantised_backbone_and_trains(quant
     assert keys.dtype == torch.float32 and keys.abs().mean() > 0.01
     without = get_vpt_model(load(quantizer), PromptConfig(num_tokens=0, bias="all"))
     assert torch.equal(logits(vpt, tiny.pixel_values), logits(without, tiny.pixel_values))
-    optimizer_class, groups = adamw(vpt.train())
-    optimizer, losses = optimizer_class(**groups), []
-    for _ in range(6):
-        loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(vpt.train(), tiny)
     assert losses[-1] < losses[0] / 2, losses
 
 

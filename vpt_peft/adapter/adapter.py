@@ -26,7 +26,7 @@ from .modules import (
     find_modules_to_save,
 )
 from .plan import plan_layers
-from .prefix import Prefix
+from .prefix import PARTS, Prefix
 from .prompts import Prompts, make_projection
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Adapter(nn.Module):
             ``(1, num_tokens, 2 · num_heads · head_dim)``, or ``(num_images, ...)`` with dropout.
         """
         pair = self.prefix[layer]
-        parts = [self._project(layer, pair[part], part) for part in ("key", "value")]
+        parts = [self._project(layer, pair[part], part) for part in PARTS]
         return self._drop(torch.cat(parts, dim=-1), num_images)
 
     def _project(self, name: int | str, prompts: Tensor, part: str | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Vision models of vision-language models: AIMv2, MLCD, InternVL and BLIP-2."""
 
 from .architecture import Architecture, Head, register_architecture
+from .clip import register_clip
 
 register_architecture(
     Architecture(
@@ -17,21 +18,7 @@ register_architecture(
         patch_norm="embeddings.rms_norm",
     )
 )
-register_architecture(
-    Architecture(
-        model_type="mlcd_vision_model",
-        heads={"MLCDVisionModel": Head("FEATURE_EXTRACTION")},
-        layers="encoder.layers",
-        final_norm="post_layernorm",
-        norm="layer_norm1",
-        attention="self_attn",
-        o_proj="out_proj",
-        mlp_norm="layer_norm2",
-        patch_projection="embeddings.patch_embedding",
-        patch_norm="pre_layrnorm",
-        batch_first=False,
-    )
-)
+register_clip("mlcd_vision_model", {"MLCDVisionModel": Head("FEATURE_EXTRACTION")}, batch_first=False)
 register_architecture(
     Architecture(
         model_type="internvl_vision",
