@@ -255,6 +255,22 @@ def test_unload_leaves_the_model_as_it_was(family: Family) -> None:
         assert torch.equal(own, other)
 
 
+@each_family(lambda family: not family.classifier)
+def test_the_output_is_behind_the_final_norm_as_declared(family: Family) -> None:
+    """A classifier that is added reads ``[CLS]`` behind it."""
+    model = family.bare()
+    backbone = find_backbone(model)
+    normed: list[Tensor] = []
+    backbone.final_norm.register_forward_hook(lambda _, args, output: normed.append(output))
+    found: list[Any] = []
+    backbone.encoder.register_forward_hook(lambda _, args, output: found.append(output.get("last_hidden_state")))
+    run(model, some_images(), family)
+    if found[0] is None or isinstance(backbone.final_norm, nn.Identity):
+        pytest.skip("no tokens as output, or no final norm")
+    is_normed = any(output.shape == found[0].shape and torch.equal(output, found[0]) for output in normed)
+    assert is_normed == backbone.architecture.normed_output
+
+
 @each_family()
 def test_models_of_the_published_size_are_supported(family: Family) -> None:
     backbone = find_backbone(family.full_size())
