@@ -25,10 +25,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import digits
+import torch
 from accuracy_tables import comparison, insert_table, settings_table, summary, sweep_table
 from images import DataError, ImageSet, Preprocessing, display_name, load_images
 from settings import ALL_METHODS, Run, best_candidate, candidates, find_runs, settings_of, with_settings
-from training import Method, Result, Settings, load_backbone, silence_transformers, tune
+from training import DEVICE, Method, Result, Settings, load_backbone, silence_transformers, tune
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,16 @@ def run(args: argparse.Namespace) -> list[Run]:
     return requested
 
 
+def device_name() -> str:
+    """The name of the GPU, or "CPU"."""
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+
+
 def result_fields(result: Result) -> Run:
     """The fields of a result in the output file."""
     return {
         "accuracy": round(result.accuracy, 2), "parameters": result.parameters, "share": round(result.share, 3),
-        "bytes": result.size, "seconds": round(result.seconds, 1),
+        "bytes": result.size, "seconds": round(result.seconds, 1), "device": device_name(),
     }  # fmt: skip
 
 

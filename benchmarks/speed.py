@@ -1,4 +1,4 @@
-"""Run time of a forward pass and of a training step, without prompts and with each route for prompts.
+"""Run time of a forward pass and of a training step: the bare backbone, each kind of prompts, and other methods.
 
     python benchmarks/speed.py --backbone vit-b16 swin-t --tokens 1 10 50 100 200
     python benchmarks/speed.py --device cuda --dtype bfloat16 --batch 64 --compile
@@ -17,14 +17,18 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 import torch
 import transformers
+from lora import LORA
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -48,8 +52,11 @@ WORK = ("inference", "training")
 COLUMNS = {
     "bare": "bare backbone",
     "linear": "linear head",
+    "bitfit": "BitFit",
+    "lora": "LoRA",
     "key_value": "keys and values",
     "prefix": "prefix",
+    "shallow": "VPT-Shallow",
     "tokens": "tokens route",
     "concatenated": "concatenated",
     "full": "full fine-tuning",
@@ -137,9 +144,13 @@ def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
         return get_vpt_model(share_weights(model), PromptConfig(num_tokens=num_tokens, **config))
 
     variants = [("bare", None, model), ("linear", None, prompted(0)), ("full", None, full)]
+    variants.append(("bitfit", None, prompted(0, bias="all")))
+    if "lora" in args.variants:
+        variants.append(("lora", None, LORA.attach(share_weights(model))))
     for num_tokens in args.tokens:
         variants.append(("key_value", num_tokens, prompted(num_tokens)))
         variants.append(("prefix", num_tokens, prompted(num_tokens, kind="prefix")))
+        variants.append(("shallow", num_tokens, prompted(num_tokens, deep=False)))
         variants.append(("tokens", num_tokens, prompted(num_tokens, route="tokens")))
         if isinstance(model, ViTForImageClassification):
             variants.append(
@@ -237,7 +248,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=["vit-b16", "swin-t"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 10, 50, 100, 200], help="prompt lengths")
-    parser.add_argument("--variants", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="key_value is required")
+    parser.add_argument("--variants", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="key_value is required; lora needs peft")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone; prompts are float32")
