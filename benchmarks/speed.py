@@ -248,7 +248,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=["vit-b16", "swin-t"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 10, 50, 100, 200], help="prompt lengths")
-    parser.add_argument("--variants", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="key_value is required; lora needs peft")
+    parser.add_argument(
+        "--variants", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="key_value is required; lora needs peft"
+    )
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone; prompts are float32")

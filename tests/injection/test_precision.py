@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch._dynamo.utils import counters
 
 from vpt_peft import PromptConfig, RouteError, VPTModel
+from vpt_peft.injection import overrides
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "deep": {},
@@ -217,3 +218,19 @@ def test_inference_mode(tiny: Tiny) -> None:
     with torch.inference_mode():
         ours = vpt(tiny.pixel_values).logits
     assert torch.equal(ours, logits(vpt, tiny.pixel_values))
+
+
+def test_the_bias_of_a_layer_norm_has_a_gradient_where_pytorch_gives_none(
+    tiny: Tiny, new: Callable[[], Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA, with many tokens and a frozen weight: the bias is added apart, which must change nothing else."""
+    results = []
+    for apart in (False, True):
+        monkeypatch.setattr(overrides, "lacks_bias_gradient", lambda tokens, apart=apart: apart)
+        other = new()
+        vpt = other.prompted(bias="all").train()
+        results.append(step(vpt, other))
+    (loss, fused), (other_loss, added) = results
+    torch.testing.assert_close(loss, other_loss, atol=1e-6, rtol=0)
+    assert_same(fused, added, tolerance=1e-5)
+    assert any("norm" in name and gradient.any() for name, gradient in added.items())
