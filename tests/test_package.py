@@ -35,6 +35,7 @@ LAYERS = [
     "vpt_peft.training",
     "vpt_peft.training.callbacks",
     "vpt_peft.training.optimizer",
+    "vpt_peft.pipelines",
     "vpt_peft.auto",
     "vpt_peft.check",
     "vpt_peft.model",
@@ -135,6 +136,37 @@ def test_importing_the_package_does_nothing_else() -> None:
 def test_importing_the_package_alone_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, vpt_peft; dir(vpt_peft); print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+USE = """
+import pickle, sys
+import vpt_peft
+assert vpt_peft.__version__ and "torch" not in sys.modules
+assert vpt_peft.errors.VPTError is vpt_peft.VPTError  # a submodule that nobody has imported
+assert vpt_peft.backbones.architecture.ARCHITECTURES  # registered as soon as they are needed
+try:
+    vpt_peft.missing
+except AttributeError as error:
+    print(error)
+from vpt_peft import *
+assert set(vpt_peft.__all__) <= set(globals()) and set(vpt_peft.__all__) <= set(dir(vpt_peft))
+for name in set(vpt_peft.__all__) - {"__version__"}:
+    assert globals()[name] is getattr(vpt_peft, name)
+    assert pickle.loads(pickle.dumps(globals()[name])) is globals()[name], name
+print(PromptConfig.__module__)
+"""
+
+
+def test_names_and_submodules_are_found_when_they_are_used() -> None:
+    run = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=True)
+    assert run.stdout == "module 'vpt_peft' has no attribute 'missing'\nvpt_peft.config\n"
+
+
+def test_every_public_name_is_known_to_type_checkers() -> None:
+    tree = ast.parse(Path(str(vpt_peft.__file__)).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(vpt_peft.__all__) <= imported
+    assert set(vpt_peft.__all__) - {"__version__"} == set(vpt_peft._HOMES)
 
 
 def test_using_the_package_does_not_load_trainer_or_peft() -> None:

@@ -6,6 +6,7 @@ Public names are imported when they are used: ``import vpt_peft`` alone loads ne
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .config import PromptConfig
     from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
     from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
+    from .pipelines import pipeline
     from .training import PushAdapter, adamw, parameter_groups
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "get_adapter_state_dict",
     "get_vpt_model",
     "parameter_groups",
+    "pipeline",
     "register_architecture",
     "set_adapter_state_dict",
 ]
@@ -66,17 +69,20 @@ _MODULES = {
     "config": ("PromptConfig",),
     "errors": ("AdapterError", "CheckpointError", "ConfigError", "RouteError", "UnsupportedModelError", "VPTError"),
     "model": ("VPTModel", "get_adapter_state_dict", "get_vpt_model", "set_adapter_state_dict"),
+    "pipelines": ("pipeline",),
     "training": ("PushAdapter", "adamw", "parameter_groups"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if find_spec(f"{__name__}.{name}") is not None:  # a submodule, such as vpt_peft.convert
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

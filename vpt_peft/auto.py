@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
+import torch
+
 from . import hub
 from .backbones import find_class
 from .config import PromptConfig
 from .errors import CheckpointError, safe_repr
 from .io import open_folder
-from .model import VPTModel, pop_peft_options
+from .model import VPTModel, pop_peft_options, single_dtype
 
 
 class AutoVPTModel:
@@ -33,6 +35,8 @@ class AutoVPTModel:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
         check_backbone: bool = True,
         **model_kwargs: Any,
     ) -> VPTModel:
@@ -41,8 +45,11 @@ class AutoVPTModel:
         Args:
             model_id: folder or Hub repository of the adapter.
             revision, subfolder: of the adapter; the backbone is loaded at the revision the adapter was trained on.
+            dtype: precision of the backbone, such as ``torch.bfloat16`` or ``"bfloat16"``. None: ``"auto"``, as in
+                ``transformers``: the precision that its checkpoint was saved in, with a warning for float16 on a CPU.
+                ``torch_dtype`` is its older name. The adapter's tensors are in float32 in any case, as in PEFT.
             check_backbone: False: loads the adapter although its backbone has changed.
-            model_kwargs: for the backbone's ``from_pretrained``, such as ``dtype`` or ``device_map``. The backbone
+            model_kwargs: for the backbone's ``from_pretrained``, such as ``device_map``. The backbone
                 named by an adapter is not trusted: running code of its repository (``trust_remote_code=True``) and
                 reading pickled weights (``use_safetensors=False``) must be allowed here.
 
@@ -51,6 +58,7 @@ class AutoVPTModel:
                 task.
         """
         pop_peft_options(f"{cls.__name__}.from_pretrained", model_kwargs)
+        model_kwargs["dtype"] = single_dtype(dtype, torch_dtype) or "auto"
         source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         with hub.pulled(model_id, revision=revision, subfolder=subfolder, **source) as folder:
             with open_folder(folder) as saved:

@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 
-def run_code(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def run_code(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch, block: int = -1) -> dict[str, Any]:
     """Runs the code of a card in a folder with an image, and with the backbone if the card cannot name it.
+
+    Args:
+        block: 0: the pipeline, if the card has two blocks of code; -1: the model itself.
 
     Returns:
         The variables.
@@ -19,7 +22,7 @@ def run_code(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 50).convert("RGB").save(folder / "image.jpg")
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
-    code = card.split("```python\n")[1].split("```")[0].replace("path/to/backbone", "backbone")
+    code = card.split("```python\n")[1:][block].split("```")[0].replace("path/to/backbone", "backbone")
     try:
         exec(code, names)
     except ImportError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from transformers import (
 )
 
 from vpt_peft import (
+    AdapterError,
     AutoVPTModel,
     AutoVPTModelForFeatureExtraction,
     AutoVPTModelForImageClassification,
@@ -76,6 +78,63 @@ def test_an_adapter_finds_its_backbone(trained: VPTModel, tiny: Tiny, tmp_path: 
     assert torch.equal(logits(vpt, tiny.pixel_values), logits(trained, tiny.pixel_values))
     half = auto.from_pretrained(tmp_path / "adapter", is_trainable=True, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.get_nb_trainable_parameters()[0] > 0
+
+
+SLOW = "The backbone is in float16 on a CPU.* Load it with dtype=torch.float32"
+
+
+@pytest.fixture
+def half(vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter of a backbone that is saved in float16, on a machine without an accelerator."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    vit.model.half().save_pretrained(tmp_path / "backbone")
+    vit.model = AutoModelForImageClassification.from_pretrained(tmp_path / "backbone", dtype=torch.float32)
+    vit.prompted().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float32", "bfloat16"], ids=str)
+def test_a_float16_checkpoint_loads_in_the_precision_that_is_asked_for(
+    name: str, dtype: torch.dtype | str, half: Path, vit: Tiny
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vpt = AutoVPTModel.from_pretrained(half, **{name: dtype})
+    asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert {parameter.dtype for parameter in vpt.get_base_model().parameters()} == {vpt.dtype} == {asked}
+    assert {parameter.dtype for parameter in vpt.adapters.parameters()} == {torch.float32}
+    expected = logits(VPTModel.from_pretrained(_bare(vit), half, check_backbone=True), vit.pixel_values)
+    error = (logits(vpt, vit.pixel_values.to(asked)).float() - expected).abs().max()
+    assert error == 0 if asked == torch.float32 else error < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "auto"}, {"dtype": torch.float16}], ids=str)
+def test_float16_on_a_cpu_is_warned_about(options: dict[str, Any], half: Path) -> None:
+    with pytest.warns(UserWarning, match=SLOW):
+        vpt = AutoVPTModel.from_pretrained(half, **options)
+    assert vpt.dtype == torch.float16
+    bare = vpt.unload()
+    with pytest.warns(UserWarning, match=SLOW):
+        get_vpt_model(bare, PromptConfig()).unload()
+    with pytest.warns(UserWarning, match=SLOW):
+        VPTModel.from_pretrained(bare, half)
+
+
+def test_float16_is_not_warned_about_where_an_accelerator_may_run_it(
+    half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AutoVPTModel.from_pretrained(half).dtype == torch.float16
+
+
+def test_two_precisions_or_an_unknown_one_are_refused(half: Path) -> None:
+    with pytest.raises(AdapterError, match=r"dtype and its older name .* must agree, got float16 and torch.float32"):
+        AutoVPTModel.from_pretrained(half, dtype="float16", torch_dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: .*dtype"):
+        AutoVPTModel.from_pretrained(half, dtype="float23")
 
 
 def test_other_tasks_find_their_backbone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -209,6 +210,43 @@ def test_code_from_a_card_classifies_a_file(
     assert capsys.readouterr().out.strip() == f"LABEL_{expected.argmax().item()}"
 
 
+@pytest.mark.parametrize("has_own", [True, False], ids=["adapter's processor", "backbone's processor"])
+def test_two_lines_from_a_card_classify_a_file(
+    trained: VPTModel,
+    tiny: Tiny,
+    tmp_path: Path,
+    has_own: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    side = tiny.pixel_values.shape[-1]
+    processor = ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path / "backbone")
+    trained.save_pretrained(tmp_path / "adapter", image_processor=processor if has_own else None)
+    card = (tmp_path / "adapter/README.md").read_text()
+    run_code(card, tmp_path, monkeypatch, block=0)
+    answer = ast.literal_eval(capsys.readouterr().out)
+    names = run_code(card, tmp_path, monkeypatch)
+    scores = names["logits"].softmax(-1)[0]
+    assert answer[0] == {"label": f"LABEL_{scores.argmax()}", "score": pytest.approx(scores.max().item(), abs=1e-5)}
+
+
+def test_a_card_has_no_pipeline_where_none_can_run(vit: Tiny, tmp_path: Path) -> None:
+    for model in (BeitForMaskedImageModeling(BeitConfig(**BEIT, vocab_size=11)), SwinBackbone(SwinConfig(**SWIN))):
+        model.save_pretrained(tmp_path / "backbone")
+        vpt = get_vpt_model(type(model).from_pretrained(tmp_path / "backbone"), PromptConfig(num_tokens=2))
+        vpt.save_pretrained(tmp_path / "adapter")
+        assert "pipeline" not in (tmp_path / "adapter/README.md").read_text().split("---\n")[2]
+    vit.prompted().save_pretrained(tmp_path / "unnamed")
+    assert "import pipeline" not in (tmp_path / "unnamed/README.md").read_text()
+
+
+def test_a_card_of_an_adapter_in_a_subfolder_names_it(vit: Tiny, tmp_path: Path) -> None:
+    vpt = get_vpt_model(vit.model, PromptConfig(base_model_name_or_path="google/vit"), adapter_name="cars")
+    vpt.save_pretrained(tmp_path, model_id="me/all")
+    assert 'print(pipeline("me/all", subfolder="cars")("image.jpg"))' in (tmp_path / "cars/README.md").read_text()
+
+
 def vit_for(problem_type: str | None, num_labels: int = 2) -> PreTrainedModel:
     return ViTForImageClassification(ViTConfig(**VIT, problem_type=problem_type, num_labels=num_labels))
 
@@ -261,8 +299,12 @@ def test_code_from_a_card_fits_the_task(
     side = model.config.image_size
     vpt = get_vpt_model(type(model).from_pretrained(tmp_path / "backbone"), PromptConfig(num_tokens=2))
     vpt.save_pretrained(tmp_path / "adapter", image_processor=ViTImageProcessor(size={"height": side, "width": side}))
-    run_code((tmp_path / "adapter/README.md").read_text(), tmp_path, monkeypatch)
+    card = (tmp_path / "adapter/README.md").read_text()
+    run_code(card, tmp_path, monkeypatch)
     assert re.match(printed, capsys.readouterr().out)
+    if "import pipeline" in card:
+        run_code(card, tmp_path, monkeypatch, block=0)
+        assert capsys.readouterr().out.startswith("[")
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
@@ -287,6 +329,9 @@ def test_code_from_a_card_compares_an_image_with_texts(
     vpt.save_pretrained(tmp_path / "adapter", image_processor=processor)
     card = (tmp_path / "adapter/README.md").read_text()
     assert is_named or f"model = {type(model).__name__}.from_pretrained(" in card
+    if is_named:
+        run_code(card, tmp_path, monkeypatch, block=0)
+        assert {one["label"] for one in ast.literal_eval(capsys.readouterr().out)} == {"cat", "dog"}
     names = run_code(card, tmp_path, monkeypatch)
     with torch.no_grad():
         expected = vpt(**names["inputs"], **names["texts"]).logits_per_image

@@ -10,13 +10,25 @@ from .provenance import (
     without_local_backbone,
 )
 from .repo_ids import check_model_name, is_folder, is_repo_id
-from .transfer import fetch_cards, find_commit, full_repo_id, pull, pulled, push, suggest_login, tensor_names
-from .usage import BACKBONE_CLASSES
+from .transfer import (
+    PREPROCESSOR_NAME,
+    fetch_cards,
+    find_commit,
+    full_repo_id,
+    pull,
+    pulled,
+    push,
+    suggest_login,
+    tensor_names,
+)
+from .usage import BACKBONE_CLASSES, PIPELINES
 
 __all__ = [
     "BACKBONE_CLASSES",
     "CARD_DETAILS",
     "CARD_NAME",
+    "PIPELINES",
+    "PREPROCESSOR_NAME",
     "CardContent",
     "add_provenance",
     "check_model_name",

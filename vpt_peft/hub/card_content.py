@@ -20,15 +20,9 @@ from ..errors import ConfigError, safe_repr
 from ..version import __version__
 from .repo_ids import is_repo_id
 from .transfer import PREPROCESSOR_NAME
-from .usage import usage_code
+from .usage import PIPELINES, pipeline_code, usage_code
 
 CARD_DETAILS = frozenset({"model_id", "training_data", "metrics", "hyperparameters", "license"})
-PIPELINES = {
-    "IMAGE_CLASSIFICATION": "image-classification",
-    "SEMANTIC_SEGMENTATION": "image-segmentation",
-    "ZERO_SHOT_IMAGE_CLASSIFICATION": "zero-shot-image-classification",
-    "FEATURE_EXTRACTION": "image-feature-extraction",
-}
 MAX_LABELS = 50
 # Prompt lengths by location, where they are no number of tokens.
 LENGTHS = {
@@ -104,6 +98,7 @@ def render_card(
         variant=_variant(adapter),
         backbone=_backbone(adapter),
         adapter=_adapter_rows(adapter),
+        pipeline=_pipeline(pipeline_code(adapter, *source)),
         code=usage_code(adapter, *source, has_processor),
         results=_results(metrics),
         training=_training_rows(training_data, hyperparameters),
@@ -208,6 +203,11 @@ def _backbone(adapter: Adapter) -> str:
 
 def _is_on_hub(config: PromptConfig) -> bool:
     return config.base_model_name_or_path is not None and is_repo_id(config.base_model_name_or_path)
+
+
+def _pipeline(code: str | None) -> str:
+    """The code of a pipeline, in front of that of the model itself; empty if there is none."""
+    return f"```python\n{code}\n```\n\nOr, step by step:\n\n" if code else ""
 
 
 def _results(metrics: Mapping[str, float | str]) -> str:

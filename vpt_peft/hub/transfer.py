@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -62,6 +62,7 @@ def pull(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    with_processor: bool = False,
 ) -> Path:
     """The local folder of an adapter: ``model_id`` itself, or the files of that repository in the Hub's cache.
 
@@ -70,9 +71,11 @@ def pull(
         subfolder: folder of the adapter in it; None: the top, or the subfolder with the only adapter.
         revision: branch, tag or commit.
         token, cache_dir, local_files_only: as in ``huggingface_hub.hf_hub_download``.
+        with_processor: also downloads the image processor, if the adapter has one.
 
     Raises:
-        CheckpointError: neither a folder nor the name of a repository, or it contains no adapter.
+        CheckpointError: neither a folder nor the name of a repository, or it contains no adapter; or, without a
+            connection, it is unknown whether the adapter has an image processor.
         huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: from the Hub client.
     """
     if is_folder(model_id):
@@ -97,8 +100,25 @@ def pull(
         config = Path(hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **where))
     # Pinned to the commit of the config: a push in between must not mix two adapters.
     commit = config.parents[len(PurePosixPath(subfolder or "").parts)].name
-    hf_hub_download(repo_id, WEIGHTS_NAME, subfolder=subfolder, **{**where, "revision": commit})
+    where["revision"] = commit
+    hf_hub_download(repo_id, WEIGHTS_NAME, subfolder=subfolder, **where)
+    if with_processor:
+        _pull_processor(repo_id, subfolder, where)
     return config.parent
+
+
+def _pull_processor(repo_id: str, subfolder: str | None, where: dict[str, Any]) -> None:
+    path = str(PurePosixPath(subfolder or "", PREPROCESSOR_NAME))
+    try:
+        hf_hub_download(repo_id, path, **where)
+    except LocalEntryNotFoundError as error:
+        if try_to_load_from_cache(repo_id, path, where["cache_dir"], where["revision"]) is None:  # not known as absent
+            raise CheckpointError(
+                f"Whether the repository '{repo_id}' has an image processor is unknown without a connection, since "
+                "the cache contains only its adapter. Pass image_processor=..., or load it once with a connection."
+            ) from error
+    except EntryNotFoundError:
+        pass  # the backbone's is used
 
 
 def _only_subfolder(repo_id: str, revision: str | None, token: str | bool | None) -> str:

@@ -16,6 +16,12 @@ BACKBONE_CLASSES = {
     "ZERO_SHOT_IMAGE_CLASSIFICATION": "AutoModelForZeroShotImageClassification",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+PIPELINES = {
+    "IMAGE_CLASSIFICATION": "image-classification",
+    "SEMANTIC_SEGMENTATION": "image-segmentation",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION": "zero-shot-image-classification",
+    "FEATURE_EXTRACTION": "image-feature-extraction",
+}
 UNNAMED = "path/to/backbone"  # in place of a backbone that the card cannot name
 CLASSIFICATION = """\
 with torch.no_grad():
@@ -63,6 +69,23 @@ OTHERS = {
 }  # fmt: skip
 
 
+def pipeline_code(adapter: Adapter, model_id: str, subfolder: str | None) -> str | None:
+    """The lines that run an adapter on an image file by :func:`~vpt_peft.pipeline`; None if it cannot.
+
+    Args:
+        model_id, subfolder: repository or folder of the adapter.
+    """
+    task_type = str(adapter.config.task_type)
+    if adapter.config.base_model_name_or_path is None or task_type not in PIPELINES or _returns_feature_maps(adapter):
+        return None
+    labels = ', candidate_labels=["cat", "dog"]' if task_type == "ZERO_SHOT_IMAGE_CLASSIFICATION" else ""
+    return "\n".join([
+        "from vpt_peft import pipeline",
+        "",
+        f'print(pipeline({_source(model_id, subfolder)})("image.jpg"{labels}))',
+    ])  # fmt: skip
+
+
 def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_processor: bool) -> str:
     """Python code that loads an adapter with its backbone and runs it on an image file.
 
@@ -70,8 +93,7 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
         model_id, subfolder: repository or folder of the adapter.
         has_processor: an image processor is saved beside the adapter; otherwise the backbone's is used.
     """
-    source = json.dumps(model_id)  # a JSON string is a Python string
-    source += f", subfolder={json.dumps(subfolder)}" if subfolder else ""
+    source = _source(model_id, subfolder)
     backbone_class = adapter.model_class or BACKBONE_CLASSES[str(adapter.config.task_type)]
     if adapter.config.base_model_name_or_path is not None:
         names, vpt_class = ["AutoImageProcessor"], "AutoVPTModel"
@@ -103,10 +125,19 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
     ])  # fmt: skip
 
 
+def _source(model_id: str, subfolder: str | None) -> str:
+    """Arguments: a JSON string is a Python string."""
+    return json.dumps(model_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
+
+
+def _returns_feature_maps(adapter: Adapter) -> bool:
+    return issubclass(find_class(adapter.model_class) or object, BackboneMixin)
+
+
 def _prediction(adapter: Adapter) -> str:
     model_config = adapter.model_config
     if adapter.config.task_type == "FEATURE_EXTRACTION":
-        return FEATURE_MAPS if issubclass(find_class(adapter.model_class) or object, BackboneMixin) else FEATURES
+        return FEATURE_MAPS if _returns_feature_maps(adapter) else FEATURES
     if adapter.config.task_type != "IMAGE_CLASSIFICATION":
         return OTHERS[str(adapter.config.task_type)]
     problem_type = model_config.problem_type

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..config import PromptConfig
 from ..errors import AdapterError, safe_repr, truncate_list
 
 BASE = "__base__"
+Dtype = TypeVar("Dtype")
 MAX_LISTED = 20
 MAX_NAME_BYTES = 255
 NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # control characters, half surrogate pairs, separators of lines
@@ -177,17 +178,26 @@ def single_name(adapter_name: Any) -> Any:
     return str(adapter_name[0])
 
 
-def storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+def single_dtype(dtype: Dtype | None, torch_dtype: Dtype | None) -> Dtype | None:
     """The precision given by either of two argument names.
 
     Raises:
-        AdapterError: it is none of ``DTYPES``, or the two differ.
+        AdapterError: the two differ.
     """
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise AdapterError(
             f"dtype and its older name torch_dtype must agree, got {dtype} and {torch_dtype}. Give one of them."
         )
-    asked = torch_dtype if dtype is None else dtype
+    return torch_dtype if dtype is None else dtype
+
+
+def storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The precision of an adapter's tensors, given by either of two argument names.
+
+    Raises:
+        AdapterError: it is none of ``DTYPES``, or the two differ.
+    """
+    asked = single_dtype(dtype, torch_dtype)
     if asked is not None and asked not in DTYPES:
         raise AdapterError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {asked!r}.")
     return asked

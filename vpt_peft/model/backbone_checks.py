@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -72,6 +73,21 @@ def warn_of_initialised_parts(backbone: Backbone, adapter: Adapter) -> None:
             "values, which are not saved with the adapter: it can be loaded only onto this very model. Load a "
             "checkpoint that has them, or train and save them with PromptConfig(modules_to_save=[...]).",
             stacklevel=4,
+        )
+
+
+def warn_of_float16_on_cpu(backbone: Backbone, stacklevel: int) -> None:
+    """Warns of a backbone in float16 on a machine without an accelerator.
+
+    Args:
+        stacklevel: as in ``warnings.warn``.
+    """
+    parameter = next(backbone.encoder.parameters())
+    if parameter.dtype == torch.float16 and parameter.device.type == "cpu" and not torch.accelerator.is_available():
+        warnings.warn(
+            "The backbone is in float16 on a CPU: on most CPUs, training and inference are several times slower than "
+            "in float32. Load it with dtype=torch.float32, or with torch.bfloat16 if the CPU supports it.",
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -30,7 +30,7 @@ BACKBONE_KEY = re.compile(r"(^|\.)base_model\.")
 DELEGATED = (
     "_no_split_modules", "can_record_outputs", "dummy_inputs", "ep_plan", "fsdp_plan", "fsdp_size",
     "get_correct_attn_implementation", "get_decoder", "get_encoder", "get_expanded_tied_weights_keys",
-    "get_input_embeddings", "get_output_embeddings", "is_distributed_loading_by_transformers",
+    "get_input_embeddings", "get_output_embeddings", "input_modalities", "is_distributed_loading_by_transformers",
     "pp_plan", "set_attn_implementation", "supports_gradient_checkpointing", "tie_weights", "tp_plan", "tp_size",
     "use_kernels",
 )  # fmt: skip

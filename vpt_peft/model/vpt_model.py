@@ -35,7 +35,13 @@ from .arguments import (
     single_name,
     storage_dtype,
 )
-from .backbone_checks import check_untrained, find_bare_backbone, warn_of_initialised_parts, with_classifier
+from .backbone_checks import (
+    check_untrained,
+    find_bare_backbone,
+    warn_of_float16_on_cpu,
+    warn_of_initialised_parts,
+    with_classifier,
+)
 from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits, mix_adapters, watch_gradients
 from .initialisation import check_init, collect_tokens, evaluating, write_prompts
 from .pretrained import PreTrainedAdapterModel
@@ -65,7 +71,8 @@ class VPTModel(PreTrainedAdapterModel):
         config = hub.add_provenance(config, backbone := find_bare_backbone(model))
         backbone = with_classifier(backbone, config.task_type, labels)
         adapter = Adapter(config, backbone, labels)
-        warn_of_initialised_parts(backbone, adapter)  # before anything is changed: warnings may be errors
+        warn_of_float16_on_cpu(backbone, stacklevel=3)  # before anything is changed: warnings may be errors
+        warn_of_initialised_parts(backbone, adapter)
         self._build(backbone, io.take_fingerprint(backbone), adapter_name, adapter, training=model.training)
 
     def _build(
@@ -152,6 +159,7 @@ class VPTModel(PreTrainedAdapterModel):
             backbone = with_classifier(backbone, saved.config.task_type, saved.labels)
             fingerprint = io.take_fingerprint(backbone)
             adapter = io.load_adapter(saved, backbone, fingerprint if check_backbone else None, is_trainable, dtype)
+        warn_of_float16_on_cpu(backbone, stacklevel=2)
         hub.warn_if_revision_differs(adapter.config, model)
         vpt = cls.__new__(cls)
         vpt._build(backbone, fingerprint, adapter_name, adapter, training=False)

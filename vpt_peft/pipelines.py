@@ -1,0 +1,253 @@
+"""Inference in two lines: the pipelines of transformers, with an adapter, its backbone and its image processor."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.functional import interpolate
+from transformers.backbone_utils import BackboneMixin
+
+from . import hub
+from .auto import AutoVPTModel
+from .errors import AdapterError, CheckpointError, safe_repr
+from .io import open_folder
+from .model import VPTModel
+
+WITH_LABELS = ("image-classification", "image-segmentation")  # the pipelines that answer with an adapter's own
+
+
+class AdapterPipeline(transformers.Pipeline):
+    """A pipeline whose model is a :class:`~vpt_peft.VPTModel`: what differs from the pipelines of transformers.
+
+    It answers with the adapter that is active at the time of the call.
+    """
+
+    model: VPTModel
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Does nothing: transformers' lists of models lack VPTModel, and :func:`pipeline` checks the adapter's task."""
+
+    def forward(self, model_inputs: Any, **forward_params: Any) -> Any:
+        """Runs the model in eval mode, and leaves it in the mode it was in.
+
+        Position embeddings are interpolated for images of another size than the backbone's, as they were in training.
+        """
+        if _needs_interpolation(self.model, model_inputs["pixel_values"]):
+            model_inputs["interpolate_pos_encoding"] = True
+        training = self.model.training
+        if training:
+            self.model.train(False)
+        try:
+            return super().forward(model_inputs, **forward_params)  # type: ignore[no-untyped-call]
+        finally:
+            if training:
+                self.model.train()
+
+
+class ImageClassificationPipeline(AdapterPipeline, transformers.ImageClassificationPipeline):
+    """``pipe("rose.jpg", top_k=5)`` gives ``[{"label": "rose", "score": 0.98}, ...]``."""
+
+
+class ImageFeatureExtractionPipeline(AdapterPipeline, transformers.ImageFeatureExtractionPipeline):
+    """``pipe("rose.jpg", return_tensors=True)`` gives a tensor ``(1, number of tokens, width)``."""
+
+
+class ZeroShotImageClassificationPipeline(AdapterPipeline, transformers.ZeroShotImageClassificationPipeline):
+    """``pipe("rose.jpg", candidate_labels=["rose", "daisy"])`` gives ``[{"label": "rose", "score": 0.98}, ...]``."""
+
+
+class ImageSegmentationPipeline(AdapterPipeline, transformers.ImageSegmentationPipeline):
+    """``pipe("room.jpg")`` gives ``[{"label": "wall", "score": None, "mask": PIL image of 0 and 255}, ...]``."""
+
+    def postprocess(self, model_outputs: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Masks by label, also with image processors that cannot make them, such as ViT's."""
+        is_semantic = options.get("subtask") in (None, "semantic")
+        if not is_semantic or hasattr(self.image_processor, "post_process_semantic_segmentation"):
+            return super().postprocess(model_outputs, **options)  # type: ignore[no-untyped-call]
+        from PIL import Image  # here, since only pipelines need it
+
+        size = tuple(model_outputs["target_size"][0])
+        labels = interpolate(model_outputs["logits"].float(), size, mode="bilinear").argmax(1)[0]
+        return [
+            {
+                "score": None,
+                "label": self.model.config.id2label[label],
+                "mask": Image.fromarray((labels == label).mul(255).to(torch.uint8).numpy()),
+            }
+            for label in labels.unique().tolist()
+        ]
+
+
+PIPELINES: dict[str, type[Any]] = {
+    "image-classification": ImageClassificationPipeline,
+    "image-feature-extraction": ImageFeatureExtractionPipeline,
+    "image-segmentation": ImageSegmentationPipeline,
+    "zero-shot-image-classification": ZeroShotImageClassificationPipeline,
+}
+
+
+def pipeline(
+    adapter: str | os.PathLike[str] | VPTModel,
+    task: str | None = None,
+    *,
+    image_processor: Any = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    dtype: str | torch.dtype | None = None,
+    device: int | str | torch.device | None = None,
+    device_map: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The pipeline of ``transformers`` for the task of an adapter: ``pipeline("me/flowers-vpt")("rose.jpg")``.
+
+    Args:
+        adapter: folder or Hub repository of an adapter, which is loaded with its backbone; or a model, of which the
+            active adapter is used.
+        task: None: the adapter's; any other is an error.
+        image_processor: an image processor, or its folder or repository. None: the one that is saved with the adapter,
+            else the backbone's. With a model it must be given.
+        tokenizer: for dual encoders; None: the backbone's.
+        revision, subfolder: of the adapter, as for :meth:`AutoVPTModel.from_pretrained`.
+        token, cache_dir, local_files_only: as in ``huggingface_hub``.
+        dtype: precision of the backbone, as for :meth:`AutoVPTModel.from_pretrained`.
+        device: None: the first accelerator, else the CPU, as in ``transformers``.
+        device_map: as in ``transformers``; not together with ``device``.
+        model_kwargs: further options of :meth:`AutoVPTModel.from_pretrained`.
+        kwargs: of the pipeline, such as ``batch_size`` or ``top_k``.
+
+    Returns:
+        An :class:`AdapterPipeline`, which is a pipeline of ``transformers``: ``pipe(images, batch_size=8)``, where an
+        image is a path, a URL or a PIL image.
+
+    Raises:
+        AdapterError: there is no pipeline for the adapter, or none for that task, or the adapter has no labels.
+        CheckpointError: the adapter, its backbone or a processor cannot be loaded.
+    """
+    source: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = {"dtype": dtype, "device_map": device_map, **(model_kwargs or {})}
+    options = {name: value for name, value in options.items() if value is not None}
+    if isinstance(adapter, VPTModel):
+        _check_loaded_model(image_processor, {"revision": revision, "subfolder": subfolder, **options})
+        vpt, task = adapter, _find_task(adapter.active_config.task_type, adapter.config.num_labels, task, "adapter")
+    else:
+        _check_name(adapter)
+        with_processor = image_processor is None
+        where = {"revision": revision, "subfolder": subfolder, "with_processor": with_processor, **source}
+        with hub.pulled(adapter, **where) as pulled:
+            with open_folder(pulled) as saved:
+                folder, name = saved.weights.path.parent, f"adapter '{adapter}'"
+                task = _find_task(saved.config.task_type, len(saved.labels["id2label"]), task, name)
+            vpt = AutoVPTModel.from_pretrained(folder, **source, **options)
+        if with_processor and (folder / hub.PREPROCESSOR_NAME).is_file():
+            image_processor = folder
+    if isinstance(vpt.get_base_model(), BackboneMixin):
+        raise AdapterError(
+            f"'{task}' gives one tensor of features, but {type(vpt.get_base_model()).__name__} has feature maps of "
+            "several layers. Call the model itself: AutoVPTModel.from_pretrained(...)(pixel_values).feature_maps."
+        )
+    image_processor = _load(transformers.AutoImageProcessor, image_processor, vpt, source, _image_size(vpt))
+    if PIPELINES[task]._load_tokenizer:
+        tokenizer = _load(transformers.AutoTokenizer, tokenizer, vpt, source, {})
+    return PIPELINES[task](
+        model=vpt, task=task, image_processor=image_processor, tokenizer=tokenizer, device=device, **kwargs
+    )
+
+
+def _check_name(adapter: object) -> None:
+    """Raises AdapterError for what cannot be the folder or the repository of an adapter."""
+    if not isinstance(adapter, str | os.PathLike):
+        raise AdapterError(
+            f"Expected the folder or the repository of an adapter, or a VPTModel, got {type(adapter).__name__}."
+        )
+    if adapter in PIPELINES and not hub.is_folder(adapter):
+        raise AdapterError(
+            f"Expected the folder or the repository of an adapter, got the task '{adapter}'. The task is the "
+            'adapter\'s own: pipeline("me/my-task").'
+        )
+
+
+def _check_loaded_model(image_processor: object, options: Mapping[str, Any]) -> None:
+    """Raises AdapterError for options of loading, and without an image processor."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise AdapterError(
+            f"Options for loading an adapter must be left out with a VPTModel, which is loaded, got {', '.join(given)}."
+        )
+    if image_processor is None:
+        raise AdapterError(
+            "image_processor must be given with a VPTModel, got None. Pass the one that the adapter was trained with, "
+            "or the folder or repository that contains it."
+        )
+
+
+def _find_task(task_type: str | None, num_labels: int, task: str | None, adapter: str) -> str:
+    """The pipeline for the task of an adapter.
+
+    Raises:
+        AdapterError: there is none, or it is not ``task``, or the adapter has no labels.
+    """
+    own = hub.PIPELINES.get(str(task_type))
+    if own not in PIPELINES:
+        raise AdapterError(
+            f"Expected an adapter for {', '.join(sorted(PIPELINES))}, got the {adapter} for {task_type}, for which "
+            "there is no pipeline. Load it by AutoVPTModel.from_pretrained(...); its model card has code to run it."
+        )
+    if task not in (None, own):
+        raise AdapterError(
+            f"Expected the task of the {adapter}, '{own}', got {safe_repr(task)}. Leave task out, or load another "
+            "adapter."
+        )
+    if own in WITH_LABELS and num_labels == 0:
+        raise AdapterError(
+            f"Expected an adapter with labels, got the {adapter} with num_labels=0. Load it by "
+            "AutoVPTModel.from_pretrained(...) for what its model computes without a classifier."
+        )
+    return own
+
+
+def _load(auto_class: Any, part: Any, vpt: VPTModel, source: dict[str, Any], options: dict[str, Any]) -> Any:
+    """An image processor or tokenizer.
+
+    Args:
+        part: itself, or the folder or repository to load it from; None: the backbone's.
+        options: of the image processor, in place of those that were saved.
+    """
+    if not isinstance(part, str | os.PathLike | None):
+        return part
+    name = vpt.name_or_path if part is None else os.fspath(part)
+    config = vpt.active_config
+    revision = config.revision if part is None and config.base_model_name_or_path == name else None
+    try:
+        return auto_class.from_pretrained(name, revision=revision, trust_remote_code=False, **source, **options)
+    except (OSError, ValueError) as error:  # transformers turns the Hub client's errors into these
+        kind = "image_processor" if auto_class is transformers.AutoImageProcessor else "tokenizer"
+        raise CheckpointError(
+            f"Pass {kind}=..., an object, a folder or a repository. None can be loaded from {safe_repr(name)}: {error}"
+        ) from error
+
+
+def _image_size(vpt: VPTModel) -> dict[str, Any]:
+    """Options of an image processor: with a border of prompts, images are smaller than the backbone's."""
+    adapter: Any = vpt.adapters[vpt.active_adapter]
+    if adapter.config.location != "border" or adapter.image_size is None:
+        return {}
+    height, width = adapter.image_size
+    return {"size": {"height": height, "width": width}, "do_center_crop": False}
+
+
+def _needs_interpolation(vpt: VPTModel, pixel_values: torch.Tensor) -> bool:
+    """Whether the model must be told that images have another size than its position embeddings."""
+    if "interpolate_pos_encoding" not in inspect.signature(type(vpt.get_base_model()).forward).parameters:
+        return False  # it interpolates by itself, or cannot
+    adapter: Any = vpt.adapters[vpt.active_adapter]
+    return tuple(pixel_values.shape[-2:]) != (adapter.image_size or vpt.backbone.image_size)
