@@ -57,7 +57,9 @@ def test_a_layer_scale_that_was_mixed_up_is_found_although_both_are_alike_at_fir
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     beit = tiny_beit(use_shared_relative_position_bias=False)
-    heads = {"BeitForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",))}
+    heads = {
+        "BeitForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",), pooled_norm="beit.pooler.layernorm")
+    }
     for scales, agrees in ((("lambda_1", "lambda_2"), True), (("lambda_2", "lambda_1"), False)):
         monkeypatch.setitem(ARCHITECTURES, "beit", [])
         register_architecture(
@@ -66,7 +68,6 @@ def test_a_layer_scale_that_was_mixed_up_is_found_although_both_are_alike_at_fir
                 heads,
                 attention_scale=scales[0],
                 mlp_scale=scales[1],
-                pooled_norm="pooler.layernorm",
                 unused=("relative_position_bias",),
             )
         )

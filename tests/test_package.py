@@ -91,6 +91,7 @@ LAYERS = [
     "vpt_peft.backbones.data2vec",
     "vpt_peft.backbones.beit",
     "vpt_peft.backbones.upernet",
+    "vpt_peft.backbones.video",
     "vpt_peft.backbones.swin",
     "vpt_peft.backbones.siglip",
     "vpt_peft.backbones.clip",

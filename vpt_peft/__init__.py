@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         AutoVPTModelForImageClassification,
         AutoVPTModelForMaskedImageModeling,
         AutoVPTModelForSemanticSegmentation,
+        AutoVPTModelForVideoClassification,
         AutoVPTModelForZeroShotImageClassification,
     )
     from .backbones import Architecture, Head, register_architecture
@@ -37,6 +38,7 @@ __all__ = [
     "AutoVPTModelForImageClassification",
     "AutoVPTModelForMaskedImageModeling",
     "AutoVPTModelForSemanticSegmentation",
+    "AutoVPTModelForVideoClassification",
     "AutoVPTModelForZeroShotImageClassification",
     "CheckpointError",
     "ConfigError",
@@ -62,7 +64,7 @@ _MODULES = {
     "auto": (
         "AutoVPTModel", "AutoVPTModelForFeatureExtraction", "AutoVPTModelForImageClassification",
         "AutoVPTModelForMaskedImageModeling", "AutoVPTModelForSemanticSegmentation",
-        "AutoVPTModelForZeroShotImageClassification",
+        "AutoVPTModelForVideoClassification", "AutoVPTModelForZeroShotImageClassification",
     ),
     "backbones": ("Architecture", "Head", "register_architecture"),
     "check": ("ArchitectureReport", "check_architecture"),

@@ -120,6 +120,12 @@ class AutoVPTModelForImageClassification(AutoVPTModel):
     task_type = "IMAGE_CLASSIFICATION"
 
 
+class AutoVPTModelForVideoClassification(AutoVPTModel):
+    """:class:`AutoVPTModel` for video classification."""
+
+    task_type = "VIDEO_CLASSIFICATION"
+
+
 class AutoVPTModelForSemanticSegmentation(AutoVPTModel):
     """:class:`AutoVPTModel` for semantic segmentation."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,16 +85,17 @@ def check_architecture(model: nn.Module, **inputs: Any) -> ArchitectureReport:
 
     Args:
         model: a model of the family; a small one with random weights will do.
-        inputs: arguments of its forward; without ``pixel_values``, two random images of the size in its config.
+        inputs: arguments of its forward; without ``pixel_values``, or what the model calls them, two random images or
+            videos of the size in its config.
 
     Raises:
         UnsupportedModelError: no declaration fits the model.
     """
     backbone = find_backbone(model)
     noisy = _with_noise(model)
-    if "pixel_values" not in inputs:
-        channels = getattr(backbone.encoder.config, "num_channels", 3)
-        inputs["pixel_values"] = torch.randn(2, channels, *backbone.image_size, device=backbone.device)
+    name = backbone.architecture.input_name
+    if name not in inputs:
+        inputs[name] = torch.randn(2, *backbone.input_shape, device=backbone.device)
     with torch.no_grad():
         bare = _output(noisy(**inputs))
         ways = {name: _compare(noisy, config, inputs, bare) for name, config in WAYS.items()}
@@ -155,6 +157,8 @@ def concatenated(layers: list[Any], prompts: Mapping[int, Tensor], num_prefix_to
             own = prompts[index].expand(len(hidden), -1, -1) if index in prompts else carried[0]
             tokens = torch.cat([hidden[:, :num_prefix_tokens], own, hidden[:, num_prefix_tokens:]], dim=1)
             args, kwargs = _pad_masks(args, hidden, own), _pad_masks(kwargs, hidden, own)
+            if "position_mask" in inspect.signature(forward).parameters:  # V-JEPA 2 numbers the tokens that it rotates
+                args, kwargs = (), {**kwargs, "position_mask": _number(hidden, own, num_prefix_tokens)}
             counting = [module for module in layer.modules() if isinstance(vars(module).get("num_prefix_tokens"), int)]
             for module in counting:  # timm's layers count the tokens without position
                 module.num_prefix_tokens += own.shape[1]
@@ -176,6 +180,13 @@ def concatenated(layers: list[Any], prompts: Mapping[int, Tensor], num_prefix_to
             layer.forward = override(index, layer)
             stack.callback(layer.__dict__.pop, "forward")
         yield
+
+
+def _number(hidden: Tensor, prompts: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The place of each token in the video, ``(num_videos, num_tokens)``; prompts get 0, where nothing is rotated."""
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    before, after = places.split([num_prefix_tokens, len(places) - num_prefix_tokens])
+    return torch.cat([before, places.new_zeros(prompts.shape[1]), after]).expand(len(hidden), -1)
 
 
 def _pad_masks(arguments: Any, hidden: Tensor, prompts: Tensor) -> Any:

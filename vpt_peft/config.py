@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .errors import ConfigError, safe_repr
 
 TASK_TYPES = (
-    "IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING", "ZERO_SHOT_IMAGE_CLASSIFICATION",
-    "FEATURE_EXTRACTION",
+    "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION", "FEATURE_EXTRACTION",
 )  # fmt: skip
+CLASSIFICATION_TASKS = ("IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION")  # one row of logits for each input
 
 # choices of pooling for a classifier that is added
 ADDED_POOLINGS = ("class", "class_and_image", "pooled")
@@ -69,8 +70,8 @@ class PromptConfig:
             normalised), or ``"normal"`` with standard deviation 0.02.
         pooling: input of the classifier: ``"default"`` (the backbone's own), or the mean over ``"image"`` tokens,
             ``"prompt"`` tokens, or both (``"global"``), without ``[CLS]``. For models without a classifier, to which
-            one is added (``task_type="IMAGE_CLASSIFICATION"``), also ``"class"`` (``[CLS]``), ``"class_and_image"``
-            (both joined), or ``"pooled"`` (the model's pooled output).
+            one is added (``task_type="IMAGE_CLASSIFICATION"``, for models of videos ``"VIDEO_CLASSIFICATION"``), also
+            ``"class"`` (``[CLS]``), ``"class_and_image"`` (both joined), or ``"pooled"`` (the model's pooled output).
         location: where prompts enter, as in the paper's ablation. ``"prepend"``: as tokens of the sequence;
             ``"pixel"``: likewise, but learned as patches of pixels, which the frozen patch embedding projects;
             ``"add"``: a vector for each token, prefix tokens included, is added to the input of a layer;

@@ -50,7 +50,7 @@ class Family:
         feed: ``feed(images)`` makes the arguments of the forward call, where they are not images and ``inputs``.
         outputs: names of the outputs that belong to an image each; empty: all of them.
         needs_no_labels: transformers can make a classifier with ``num_labels=0``.
-        takes_pixels: the model embeds the patches of images itself.
+        takes_pixels: the model takes images and embeds their patches itself.
     """
 
     model_class: str
@@ -133,7 +133,7 @@ def randomized(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim in (2, 4):
+            if parameter.ndim in (2, 4, 5):
                 noise = noise * max(parameter[0].numel(), 1) ** -0.5
             elif parameter.ndim == 1:
                 is_scale = name.endswith("weight") or "lambda" in name or "gamma" in name
@@ -228,7 +228,7 @@ def tensors(output: Any) -> list[Tensor]:
     for value in output.values() if hasattr(output, "values") else output:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | dict):
             found += tensors(value)
     return found
 
@@ -390,9 +390,10 @@ FAMILIES: dict[str, Family] = {
 
 def all_families() -> dict[str, Family]:
     """All families by name."""
-    from .clip_families import CLIP_FAMILIES  # here, since it uses this module
+    from .clip_families import CLIP_FAMILIES  # here, since they use this module
+    from .video_families import VIDEO_FAMILIES
 
-    return {**FAMILIES, **CLIP_FAMILIES}
+    return {**FAMILIES, **CLIP_FAMILIES, **VIDEO_FAMILIES}
 
 
 def each_family(select: Callable[[Family], Any] = lambda family: True) -> Any:

@@ -56,6 +56,17 @@ def test_weights_go_to_the_storage_and_the_rest_into_the_commit(online: HubServe
     assert repo.files()[CONFIG] and repo.files()["preprocessor_config.json"]
 
 
+def test_a_video_processor_is_pushed_too(online: HubServer, vpt: VPTModel) -> None:
+    class Processor:
+        def save_pretrained(self, folder: str) -> None:
+            for name in ("video_preprocessor_config.json", "other.json"):
+                (Path(folder) / name).write_text("{}")
+
+    vpt.push_to_hub(NAME, image_processor=Processor())
+    assert online.repo(NAME).files()["video_preprocessor_config.json"] == b"{}"
+    assert "other.json" not in online.repo(NAME).files()
+
+
 def test_a_push_of_another_card_sends_no_weights(online: HubServer, vpt: VPTModel) -> None:
     vpt.push_to_hub(NAME)
     online.requests.clear()

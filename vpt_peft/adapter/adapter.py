@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..config import ADDED_POOLINGS, IN_IMAGE, PromptConfig
+from ..config import ADDED_POOLINGS, CLASSIFICATION_TASKS, IN_IMAGE, PromptConfig
 from ..errors import ConfigError
 from .dequantize import dequantize
 from .labels import get_labels, make_labels
@@ -51,6 +51,7 @@ class Adapter(nn.Module):
         modules_to_save: ``modules_to_save.{path}.*``.
         plan: one :class:`~vpt_peft.adapter.LayerPlan` for each layer, or None.
         image_size: height and width that images must have; None: any that the backbone takes.
+        num_frames: number of frames of the videos that the backbone was made for; None: it takes images.
         patch_embedding: paths of the modules of the patch embedding that prompts go through, or that it copies.
         model_type, model_class: family and class of the backbone, see :class:`~vpt_peft.backbones.Backbone`.
         num_labels: number of labels of the task.
@@ -87,6 +88,7 @@ class Adapter(nn.Module):
         several = len(set(widths.values())) > 1
         self._width_keys = {layer: str(width) for layer, width in widths.items()} if several else {}
         self.image_size = required_size(config, backbone)
+        self.num_frames = backbone.input_shape[0] if backbone.architecture.video_shape else None
         self.patch_embedding = patch_embedding(config, backbone)
 
         labels = make_labels(backbone.model.config, labels or {})
@@ -262,17 +264,17 @@ def _check_pooling(config: PromptConfig, backbone: Backbone) -> None:
         raise ConfigError(
             f'pooling="{config.pooling}" needs a classifier that is added to a model without one, got '
             f"{type(backbone.model).__name__}. Use another pooling, or the model class without a head and "
-            'task_type="IMAGE_CLASSIFICATION".'
+            f'task_type="{backbone.architecture.classification}".'
         )
     if config.pooling.startswith("class") and backbone.num_prefix_tokens == 0:
         raise ConfigError(
             f'pooling="{config.pooling}" reads [CLS], which {type(backbone.original).__name__} does not have. '
             'Use pooling="default", "pooled" or "image".'
         )
-    if config.pooling != "default" and backbone.head.task_type != "IMAGE_CLASSIFICATION":
+    if config.pooling != "default" and backbone.head.task_type not in CLASSIFICATION_TASKS:
         raise ConfigError(
-            f'pooling="{config.pooling}" needs an image classifier, got {type(backbone.model).__name__}. '
-            'Use pooling="default".'
+            f'pooling="{config.pooling}" needs an image classifier or a video classifier, got '
+            f'{type(backbone.model).__name__}. Use pooling="default".'
         )
 
 

@@ -45,10 +45,12 @@ def prompt_shapes(config: PromptConfig, backbone: Backbone, fresh: Mapping[int, 
     """
     if config.num_tokens == 0 or config.kind == "prefix":
         return {}
-    if backbone.architecture.input_dims != 4 and config.location not in ("prepend", "add-shared"):
+    num_dims = backbone.architecture.input_dims
+    if num_dims != 4 and config.location not in ("prepend", "add-shared"):
+        inputs = "videos" if num_dims == 5 else "patches of images of any size"
         raise ConfigError(
-            f'location="{config.location}" needs images of one size, but {type(backbone.model).__name__} takes patches '
-            'of images of any size, got that location. Use "prepend" or "add-shared".'
+            f'location="{config.location}" needs images of one size, but {type(backbone.model).__name__} takes '
+            f'{inputs}, got that location. Use "prepend" or "add-shared".'
         )
     if config.location == "border":
         return _border_shapes(config, backbone)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..backbones import Backbone
-from ..config import PromptConfig
+from ..config import CLASSIFICATION_TASKS, PromptConfig
 from ..errors import ConfigError
 from .dequantize import dequantize, is_quantized
 
@@ -101,7 +101,7 @@ def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, de
             )
         return layer
     if num_labels == 0:
-        if backbone.head.task_type != "IMAGE_CLASSIFICATION":
+        if backbone.head.task_type not in CLASSIFICATION_TASKS:
             raise ConfigError(f"{type(backbone.model).__name__} needs at least one label, got num_labels=0.")
         return nn.Identity()  # as transformers does
     if isinstance(layer, nn.Linear | nn.Identity):

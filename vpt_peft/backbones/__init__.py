@@ -11,6 +11,7 @@ from . import (  # noqa: F401  registers the declarations
     siglip,
     swin,
     upernet,
+    video,
     vision_language,
     vit,
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..config import CLASSIFICATION_TASKS
 
 
 @dataclass(frozen=True)
@@ -14,15 +16,19 @@ class Head:
     Args:
         task_type: the task of the model class.
         paths: modules of the head, relative to the model; those that are None in a model are ignored.
-        outputs: layers of the head with one output per label; None: ``paths`` for image classification, else none.
+        outputs: layers of the head with one output per label; None: ``paths`` for classification, else none.
         own_loss: the model computes the loss from ``labels`` inside its forward.
         layers_read: for heads that read intermediate layers: given the model, the number of leading layers that are
             read. Prompts and biases of later layers would have no effect. None: all layers.
         encoder: path of the encoder in the model; None: ``model.base_model``.
         joins_class_token: the classifier reads ``[CLS]`` joined with the pooled tokens (DINOv2), twice the width.
+        pooled_norm: the norm applied to the mean over tokens before the classifier, relative to the model; the
+            attribute may be None.
         normed: the head reads tokens behind the final norm, or a function of the model; False: in front of it (CLIP).
         unread: modules of the model whose biases are not trained: those without effect on the outputs, those of the
             text model, and those whose bias is read without a call. Those that a model lacks are ignored.
+        tokens_only: arguments of the model's forward that leave out all that is computed from its tokens, for a
+            classifier that is added and reads them.
     """
 
     task_type: str
@@ -32,15 +38,17 @@ class Head:
     layers_read: Callable[[Any], int] | None = None
     encoder: str | None = None
     joins_class_token: bool = False
+    pooled_norm: str | None = None
     normed: bool | Callable[[Any], bool] = True
     unread: tuple[str, ...] = ()
+    tokens_only: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def label_layers(self) -> tuple[str, ...]:
         """Paths of the layers with one output per label."""
         if self.outputs is not None:
             return self.outputs
-        return self.paths if self.task_type == "IMAGE_CLASSIFICATION" else ()
+        return self.paths if self.task_type in CLASSIFICATION_TASKS else ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Architecture:
         model_type: ``model_type`` of the family's config class.
         heads: ``{model class name: Head}`` of the supported classes.
         layers: the list of layers, or of stages if ``blocks`` is given, relative to the encoder.
-        final_norm: the norm after the last layer, relative to the encoder.
+        final_norm: the norm after the last layer, relative to the encoder; the attribute may be None.
         norm: the norm before the attention, relative to a layer, as the following are.
         attention: the attention module; the next fields are relative to it.
         q_proj, k_proj, v_proj, o_proj: linear layers of queries, keys, values and output.
@@ -66,18 +74,21 @@ class Architecture:
         mlp_norm, mlp: the second half of a layer; ``mlp`` may be several modules, called one after the other.
         attention_scale, mlp_scale: LayerScale of the two residual branches, a parameter or a module.
         unused: parameters and modules of a layer that have no effect on prompts, such as position biases.
-        pooled_norm: the norm applied to the mean over tokens before the classifier, relative to the encoder; the
-            attribute may be None.
         num_prefix_tokens: number of tokens before the patches (``[CLS]``, registers), or a function of the encoder.
         patch_size: side of a patch in pixels, as a function of the encoder; None: ``encoder.config.patch_size``.
         patch_projection: the convolution that embeds patches, relative to the encoder.
         patch_norm: the norm after it, likewise; None: there is none.
         normed_output: the tokens in the encoder's output are behind the final norm.
-        input_dims: number of dimensions of ``pixel_values``: 4 for images, 3 for patches.
+        input_name: argument of the model's forward that takes images or videos.
+        input_dims: number of its dimensions: 4 for images, 3 for patches, 5 for videos, with ``video_shape``.
+        video_shape: ``(num_frames, num_channels, height, width)`` of the videos that it was made for, as a function of
+            the encoder.
         token_mask: argument of the model's forward that masks padded tokens, ``(num_images, num_tokens)``.
         blocks: for window attention (Swin): the list of layers, relative to a stage.
         merging: the patch merging after the last layer of a stage, relative to the stage, with submodules ``norm`` and
             ``reduction``; None in the last stage.
+        eager_masks: the family's eager attention takes masks; False: with it, adapters that have different numbers of
+            prompts cannot be mixed in a batch.
         batch_first: all linear layers are applied to images along the first dimension; False: adapters with different
             biases cannot be mixed in a batch.
         overwrites_settings: the forward of a layer overwrites attributes of the layer depending on its input.
@@ -108,20 +119,27 @@ class Architecture:
     attention_scale: str | None = None
     mlp_scale: str | None = None
     unused: tuple[str, ...] = ()
-    pooled_norm: str | None = None
     num_prefix_tokens: int | Callable[[Any], int] = 1
     patch_size: Callable[[Any], int] | None = None
     patch_projection: str = "embeddings.patch_embeddings.projection"
     patch_norm: str | None = None
     normed_output: bool = True
+    input_name: str = "pixel_values"
     input_dims: int = 4
+    video_shape: Callable[[Any], tuple[int, int, int, int]] | None = None
     token_mask: str | None = None
     blocks: str | None = None
     merging: str | None = None
+    eager_masks: bool = True
     batch_first: bool = True
     overwrites_settings: bool = False
     backbone: str | None = None
     backbones: tuple[str, ...] = ()
+
+    @property
+    def classification(self) -> str:
+        """Task type of the family's classifiers."""
+        return "VIDEO_CLASSIFICATION" if self.input_dims == 5 else "IMAGE_CLASSIFICATION"
 
 
 def count_layers_read(backbone: Any) -> int:

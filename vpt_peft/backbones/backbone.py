@@ -177,8 +177,9 @@ class Backbone:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm after the last layer."""
-        return self.encoder.get_submodule(self.architecture.final_norm)
+        """The norm after the last layer; the identity where the model has none."""
+        norm = attrgetter(self.architecture.final_norm)(self.encoder)
+        return nn.Identity() if norm is None else cast(nn.Module, norm)
 
     @property
     def unread_modules(self) -> set[nn.Module]:
@@ -199,8 +200,8 @@ class Backbone:
     @property
     def pooled_norm(self) -> Any:
         """The norm of the mean over tokens; None where the model has none."""
-        path = self.architecture.pooled_norm
-        return attrgetter(path)(self.encoder) if path else None
+        path = self.head.pooled_norm
+        return attrgetter(path)(self.model) if path else None
 
     @property
     def model_type(self) -> str:
@@ -239,6 +240,12 @@ class Backbone:
     def num_channels(self) -> int:
         """Number of channels of its images; some configs take it for granted."""
         return int(getattr(self.encoder.config, "num_channels", 3))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one of the images or videos that it was made for."""
+        shape = self.architecture.video_shape
+        return (self.num_channels, *self.image_size) if shape is None else shape(self.encoder)
 
     def find_patch_embedding(self) -> dict[str, nn.Module]:
         """``{path in the model: module}`` of the convolution that embeds patches, and of the norm after it.
@@ -350,7 +357,7 @@ def _check_parts(backbone: Backbone) -> None:
                 f"{type(layer.module).__name__}, so that prompts might be computed wrongly. Add them to the "
                 "declaration, or to unused if they have no effect on prompts (vpt_peft.register_architecture)."
             )
-    backbone.encoder.get_submodule(backbone.architecture.final_norm)
+    _ = backbone.final_norm
     for path in backbone.head.paths:
         backbone.model.get_submodule(path)
 

@@ -16,7 +16,9 @@ register_architecture(
     Architecture(
         model_type="beit",
         heads={
-            "BeitForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",)),
+            "BeitForImageClassification": Head(
+                "IMAGE_CLASSIFICATION", ("classifier",), pooled_norm="beit.pooler.layernorm"
+            ),
             "BeitForMaskedImageModeling": Head("MASKED_IMAGE_MODELING", ("layernorm", "lm_head"), own_loss=True),
             "BeitForSemanticSegmentation": Head(
                 "SEMANTIC_SEGMENTATION",
@@ -30,7 +32,6 @@ register_architecture(
         },
         attention_scale="lambda_1",
         mlp_scale="lambda_2",
-        pooled_norm="pooler.layernorm",
         unused=("relative_position_bias",),
     )
 )

@@ -15,8 +15,8 @@ from .backbone import Backbone
 
 
 class BackboneForImageClassification(PreTrainedModel):
-    """A vision model with a linear classifier on ``[CLS]``, else on its pooled output, else on the mean over the
-    tokens.
+    """A model of images or videos with a linear classifier on ``[CLS]``, else on its pooled output, else on the mean
+    over the tokens.
 
     The classifier is a template: adapters train and own theirs.
 
@@ -25,7 +25,6 @@ class BackboneForImageClassification(PreTrainedModel):
         num_labels: number of labels.
     """
 
-    main_input_name = "pixel_values"
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
@@ -36,12 +35,14 @@ class BackboneForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.backbone: Any = backbone.model
         self.classifier = nn.Linear(backbone.num_features, num_labels, device=backbone.device)
+        self.main_input_name = backbone.architecture.input_name
         self.parts = (backbone,)  # in a tuple: it is no module
         self.train(backbone.model.training)
 
-    def forward(self, pixel_values: Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
+    def forward(self, return_dict: bool = True, **inputs: Any) -> Any:
         """Logits ``(num_images, num_labels)``, with hidden states and attentions of the model."""
-        output = self.backbone(pixel_values=pixel_values, return_dict=True, **kwargs)
+        (backbone,) = self.parts
+        output = self.backbone(return_dict=True, **{**backbone.head.tokens_only, **inputs})
         return ImageClassifierOutput(
             logits=self.classifier(self._features(output)),
             hidden_states=output.get("hidden_states"),
@@ -71,7 +72,6 @@ def add_classifier(backbone: Backbone, num_labels: int) -> Backbone:
     unread = [*backbone.head.unread]
     if backbone.num_prefix_tokens and getattr(backbone.model, "pooler", None) is not None:
         unread.append("pooler")  # [CLS] is read in its place
-    head = Head("IMAGE_CLASSIFICATION", ("classifier",), unread=tuple(f"backbone.{path}" for path in unread))
-    architecture = replace(backbone.architecture, pooled_norm=None)
-    model = BackboneForImageClassification(backbone, num_labels)
-    return replace(backbone, model=model, architecture=architecture, head=head)
+    task_type = backbone.architecture.classification
+    head = Head(task_type, ("classifier",), unread=tuple(f"backbone.{path}" for path in unread))
+    return replace(backbone, model=BackboneForImageClassification(backbone, num_labels), head=head)

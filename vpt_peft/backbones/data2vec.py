@@ -6,7 +6,9 @@ register_architecture(
     Architecture(
         model_type="data2vec-vision",
         heads={
-            "Data2VecVisionForImageClassification": Head("IMAGE_CLASSIFICATION", ("classifier",)),
+            "Data2VecVisionForImageClassification": Head(
+                "IMAGE_CLASSIFICATION", ("classifier",), pooled_norm="data2vec_vision.pooler.layernorm"
+            ),
             "Data2VecVisionForSemanticSegmentation": Head(
                 "SEMANTIC_SEGMENTATION",
                 ("fpn1", "fpn2", "decode_head", "auxiliary_head"),
@@ -27,7 +29,6 @@ register_architecture(
         mlp=("intermediate", "output"),
         attention_scale="lambda_1",
         mlp_scale="lambda_2",
-        pooled_norm="pooler.layernorm",
         unused=("attention.attention.relative_position_bias",),
     )
 )

@@ -15,12 +15,12 @@ import transformers
 from huggingface_hub import EvalResult
 
 from ..adapter import Adapter
-from ..config import PromptConfig, check_unicode
+from ..config import CLASSIFICATION_TASKS, PromptConfig, check_unicode
 from ..errors import ConfigError, safe_repr
 from ..version import __version__
 from .repo_ids import is_repo_id
-from .transfer import PREPROCESSOR_NAME
-from .usage import PIPELINES, pipeline_code, usage_code
+from .transfer import PROCESSOR_NAMES
+from .usage import PIPELINE_TAGS, pipeline_code, usage_code
 
 CARD_DETAILS = frozenset({"model_id", "training_data", "metrics", "hyperparameters", "license"})
 MAX_LABELS = 50
@@ -73,7 +73,7 @@ def render_card(
         metrics: ``{name: value}``, numbers or text, for the table of results and the metadata (``model-index``).
         hyperparameters: of the training, ``{name: value}``.
         license: license of the adapter.
-        has_processor: an image processor is going to be saved in the folder.
+        has_processor: an image or video processor is going to be saved in the folder.
 
     Raises:
         ConfigError: a value is of the wrong type.
@@ -92,13 +92,13 @@ def render_card(
     local = folder.resolve().name if folder.is_absolute() else folder.as_posix()
     source = (local, None) if model_id is None else (model_id, subfolder)
     title = source[1] or Path(model_id or folder.resolve()).name
-    has_processor = has_processor or (folder / PREPROCESSOR_NAME).is_file()
+    has_processor = has_processor or any((folder / name).is_file() for name in PROCESSOR_NAMES)
     body = Template(files("vpt_peft.hub").joinpath("card_template.md").read_text(encoding="utf-8")).substitute(
         title=_cell(title),
         variant=_variant(adapter),
         backbone=_backbone(adapter),
         adapter=_adapter_rows(adapter),
-        pipeline=_pipeline(pipeline_code(adapter, *source)),
+        pipeline=_pipeline_section(pipeline_code(adapter, *source)),
         code=usage_code(adapter, *source, has_processor),
         results=_results(metrics),
         training=_training_rows(training_data, hyperparameters),
@@ -161,7 +161,7 @@ def _adapter_rows(adapter: Adapter) -> str:
         "trained parameters": f"{sum(parameter.numel() for parameter in adapter.parameters()):,}",
         "bytes": f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors):,}",
     }
-    if config.task_type in ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION"):
+    if config.task_type in (*CLASSIFICATION_TASKS, "SEMANTIC_SEGMENTATION"):
         names = list(adapter.labels()["id2label"].values())
         more = f" and {len(names) - MAX_LABELS} more" if len(names) > MAX_LABELS else ""
         rows["labels"] = f"{', '.join(map(_cell, names[:MAX_LABELS]))}{more}"
@@ -205,7 +205,7 @@ def _is_on_hub(config: PromptConfig) -> bool:
     return config.base_model_name_or_path is not None and is_repo_id(config.base_model_name_or_path)
 
 
-def _pipeline(code: str | None) -> str:
+def _pipeline_section(code: str | None) -> str:
     """The code of a pipeline, in front of that of the model itself; empty if there is none."""
     return f"```python\n{code}\n```\n\nOr, step by step:\n\n" if code else ""
 
@@ -229,7 +229,7 @@ def _metadata(adapter: Adapter, training_data: str | None, license: str | None) 
         # The Hub rejects cards whose base model is not on it.
         "base_model": config.base_model_name_or_path if _is_on_hub(config) else None,
         "base_model_relation": "adapter" if _is_on_hub(config) else None,
-        "pipeline_tag": PIPELINES.get(str(config.task_type)),
+        "pipeline_tag": _pipeline_tag(adapter),
         "tags": ["peft", "visual-prompt-tuning", "vpt-peft"],
         "datasets": [training_data] if training_data and is_repo_id(training_data) else None,
         "license": license,
@@ -237,11 +237,18 @@ def _metadata(adapter: Adapter, training_data: str | None, license: str | None) 
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _pipeline_tag(adapter: Adapter) -> str | None:
+    """The Hub's name of the task; None if it has none."""
+    task_type = str(adapter.config.task_type)
+    takes_videos = adapter.num_frames is not None
+    return "feature-extraction" if takes_videos and task_type == "FEATURE_EXTRACTION" else PIPELINE_TAGS.get(task_type)
+
+
 def _eval_results(adapter: Adapter, training_data: str | None, metrics: Mapping[str, float | str]) -> list[EvalResult]:
     dataset = training_data or "unknown"
     return [
         EvalResult(
-            task_type=PIPELINES.get(str(adapter.config.task_type), "other"),
+            task_type=_pipeline_tag(adapter) or "other",
             dataset_type=dataset if is_repo_id(dataset) else "unknown",
             dataset_name=dataset,
             metric_type=re.sub(r"[^a-z0-9]+", "_", name.partition(",")[0].lower()).strip("_") or "metric",

@@ -22,8 +22,9 @@ from ..errors import CheckpointError, VPTError
 from ..io import CONFIG_NAME, WEIGHTS_NAME
 from .repo_ids import is_folder, is_repo_id
 
-PREPROCESSOR_NAME = "preprocessor_config.json"
-FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", PREPROCESSOR_NAME)
+PREPROCESSOR_NAME = "preprocessor_config.json"  # of images
+PROCESSOR_NAMES = (PREPROCESSOR_NAME, "video_preprocessor_config.json")
+FILES = (CONFIG_NAME, WEIGHTS_NAME, "README.md", *PROCESSOR_NAMES)
 REFUSED = (401, 403)  # HTTP status codes
 
 

@@ -1,4 +1,4 @@
-"""Code of a model card: loads the adapter, and runs it on one image."""
+"""Code of a model card: loads the adapter, and runs it on one image or video."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from transformers.backbone_utils import BackboneMixin
 
 from ..adapter import Adapter
 from ..backbones import find_class
+from ..config import CLASSIFICATION_TASKS
 
 BACKBONE_CLASSES = {
     "IMAGE_CLASSIFICATION": "AutoModelForImageClassification",
+    "VIDEO_CLASSIFICATION": "AutoModelForVideoClassification",
     "SEMANTIC_SEGMENTATION": "AutoModelForSemanticSegmentation",
     "MASKED_IMAGE_MODELING": "AutoModelForMaskedImageModeling",
     "ZERO_SHOT_IMAGE_CLASSIFICATION": "AutoModelForZeroShotImageClassification",
@@ -22,6 +24,7 @@ PIPELINES = {
     "ZERO_SHOT_IMAGE_CLASSIFICATION": "zero-shot-image-classification",
     "FEATURE_EXTRACTION": "image-feature-extraction",
 }
+PIPELINE_TAGS = {**PIPELINES, "VIDEO_CLASSIFICATION": "video-classification"}  # what the Hub knows them by
 UNNAMED = "path/to/backbone"  # in place of a backbone that the card cannot name
 CLASSIFICATION = """\
 with torch.no_grad():
@@ -76,7 +79,9 @@ def pipeline_code(adapter: Adapter, model_id: str, subfolder: str | None) -> str
         model_id, subfolder: repository or folder of the adapter.
     """
     task_type = str(adapter.config.task_type)
-    if adapter.config.base_model_name_or_path is None or task_type not in PIPELINES or _returns_feature_maps(adapter):
+    if adapter.config.base_model_name_or_path is None or task_type not in PIPELINES:
+        return None
+    if _returns_feature_maps(adapter) or adapter.num_frames:
         return None
     labels = ', candidate_labels=["cat", "dog"]' if task_type == "ZERO_SHOT_IMAGE_CLASSIFICATION" else ""
     return "\n".join([
@@ -87,40 +92,36 @@ def pipeline_code(adapter: Adapter, model_id: str, subfolder: str | None) -> str
 
 
 def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_processor: bool) -> str:
-    """Python code that loads an adapter with its backbone and runs it on an image file.
+    """Python code that loads an adapter with its backbone and runs it on an image file, or on that of a video.
 
     Args:
         model_id, subfolder: repository or folder of the adapter.
-        has_processor: an image processor is saved beside the adapter; otherwise the backbone's is used.
+        has_processor: an image or video processor is saved beside the adapter; otherwise the backbone's is used.
     """
     source = _source(model_id, subfolder)
     backbone_class = adapter.model_class or BACKBONE_CLASSES[str(adapter.config.task_type)]
+    processor_class = "AutoVideoProcessor" if adapter.num_frames else "AutoImageProcessor"
     if adapter.config.base_model_name_or_path is not None:
-        names, vpt_class = ["AutoImageProcessor"], "AutoVPTModel"
+        names, vpt_class = [processor_class], "AutoVPTModel"
         loading = [f"vpt = AutoVPTModel.from_pretrained({source})"]
     else:
-        names, vpt_class = ["AutoImageProcessor", backbone_class], "VPTModel"
+        names, vpt_class = [processor_class, backbone_class], "VPTModel"
         loading = [
             f'model = {backbone_class}.from_pretrained("{UNNAMED}")  # the backbone that the adapter was trained on',
             f"vpt = VPTModel.from_pretrained(model, {source})",
         ]
     names += ["AutoTokenizer"] if adapter.config.task_type == "ZERO_SHOT_IMAGE_CLASSIFICATION" else []
-    options = ""
-    if adapter.config.location == "border" and adapter.image_size:
-        height, width = adapter.image_size  # smaller than the processor makes them
-        options = f'size={{"height": {height}, "width": {width}}}, do_center_crop=False, '
     return "\n".join([
         "import torch",
-        "from PIL import Image",
+        *([] if adapter.num_frames else ["from PIL import Image"]),
         f"from transformers import {', '.join(sorted(names))}",
         "",
         f"from vpt_peft import {vpt_class}",
         "",
         *loading,
-        f"processor = AutoImageProcessor.from_pretrained({source if has_processor else 'vpt.name_or_path'})",
+        f"processor = {processor_class}.from_pretrained({source if has_processor else 'vpt.name_or_path'})",
         "",
-        'image = Image.open("image.jpg").convert("RGB")',
-        f'inputs = processor(image, {options}return_tensors="pt")',
+        _reading(adapter),
         _prediction(adapter),
     ])  # fmt: skip
 
@@ -134,11 +135,23 @@ def _returns_feature_maps(adapter: Adapter) -> bool:
     return issubclass(find_class(adapter.model_class) or object, BackboneMixin)
 
 
+def _reading(adapter: Adapter) -> str:
+    """Reads the inputs from a file."""
+    if adapter.num_frames:
+        options = f"do_sample_frames=True, num_frames={adapter.num_frames}"
+        return f'inputs = processor("video.mp4", {options}, return_tensors="pt")  # torchcodec decodes it'
+    options = ""
+    if adapter.config.location == "border" and adapter.image_size:
+        height, width = adapter.image_size  # smaller than the processor makes them
+        options = f'size={{"height": {height}, "width": {width}}}, do_center_crop=False, '
+    return f'image = Image.open("image.jpg").convert("RGB")\ninputs = processor(image, {options}return_tensors="pt")'
+
+
 def _prediction(adapter: Adapter) -> str:
     model_config = adapter.model_config
     if adapter.config.task_type == "FEATURE_EXTRACTION":
         return FEATURE_MAPS if _returns_feature_maps(adapter) else FEATURES
-    if adapter.config.task_type != "IMAGE_CLASSIFICATION":
+    if adapter.config.task_type not in CLASSIFICATION_TASKS:
         return OTHERS[str(adapter.config.task_type)]
     problem_type = model_config.problem_type
     if problem_type == "multi_label_classification":

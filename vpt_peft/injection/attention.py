@@ -44,6 +44,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..backbones import Backbone, Layer
+from ..errors import RouteError
 from .context import LayerContext, activate_alone, current_layer
 from .masks import pad_mask
 from .overrides import AttributeProxy, ForwardOverride
@@ -62,6 +63,7 @@ class AttentionOverride:
 
     def __init__(self, layer: Layer) -> None:
         self.module = layer.part("caller")
+        self.eager_masks = layer.architecture.eager_masks
         self.config = self.module.config
         self.bare_module = AttributeProxy(self.module, config=self.config)
         self.eager: Any = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
@@ -74,13 +76,23 @@ class AttentionOverride:
         """Restores the module's config."""
         self.module.config = self.config
 
-    @property
-    def function(self) -> AttentionFunction:
-        """The attention function that the user has set."""
-        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.eager
-        )
-        return function
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention without prompts, by the function that the user has set.
+
+        Raises:
+            RouteError: the function ignores masks, and there is one.
+        """
+        name = self.config._attn_implementation
+        if mask is not None and name == "eager" and not self.eager_masks:
+            raise RouteError(
+                f"Adapters with different numbers of prompts can be mixed if the attention takes masks, which that of "
+                f'{type(self.module).__name__} does not with attn_implementation="eager". Use "sdpa", or call the '
+                "model once for each adapter."
+            )
+        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
+        return function(self.bare_module, query, key, value, mask, **kwargs)
 
 
 class SdpaOverride(ForwardOverride):
@@ -119,8 +131,7 @@ def prompt_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: the one that the user has set, with prompts; see :func:`attend`."""
     override: AttentionOverride = module.config.override  # type: ignore[union-attr, assignment]
-    function = partial(override.function, override.bare_module, **kwargs)
-    return attend(function, query, key, value, attention_mask, kwargs.get("scaling"))
+    return attend(partial(override.attend, **kwargs), query, key, value, attention_mask, kwargs.get("scaling"))
 
 
 def attend(

@@ -84,8 +84,9 @@ class EntryOverride(ForwardOverride):
                 return self.forward(*args, **kwargs)
         context.entered = (*context.entered, self.module)
         if self.module is self.backbone.model:
-            kwargs["pixel_values"] = enter_image(context, kwargs["pixel_values"])
-            context.token_mask = kwargs.get(self.backbone.architecture.token_mask or "")
+            architecture = self.backbone.architecture
+            kwargs[architecture.input_name] = enter_image(context, kwargs[architecture.input_name])
+            context.token_mask = kwargs.get(architecture.token_mask or "")
         output = self.forward(*args, **kwargs)
         if self.module is self.backbone.encoder and any(batch.pooling != "default" for batch in context.batches):
             context.last_hidden_state = output.last_hidden_state

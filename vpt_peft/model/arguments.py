@@ -6,11 +6,12 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..backbones import Backbone
 from ..config import PromptConfig
 from ..errors import AdapterError, safe_repr, truncate_list
 
@@ -91,14 +92,35 @@ def pop_peft_options(method: str, options: dict[str, Any]) -> None:
 SHAPES = {
     4: "(num_images, num_channels, height, width)",
     3: "(num_images, num_patches, num_channels * patch_size * patch_size)",
+    5: "(num_videos, num_frames, num_channels, height, width)",
 }
+PROCESSING = 'the image processor of the backbone: vpt(**processor(PIL.Image.open("image.jpg"), return_tensors="pt"))'
+PROCESSING_VIDEOS = 'the video processor of the backbone: vpt(**processor("video.mp4", return_tensors="pt"))'
 
 
-def check_pixel_values(pixel_values: object, num_dims: int = 4) -> None:
-    """Raises AdapterError unless the images are in the format that image processors return.
+def find_pixel_values(backbone: Backbone, pixel_values: Any, pixel_values_videos: Any = None) -> Tensor:
+    """The images or videos of a forward call, which as the first argument need not be called as in the backbone's.
+
+    Raises:
+        AdapterError: they have another format than the backbone takes, or the name of another's.
+    """
+    name = backbone.architecture.input_name
+    if pixel_values_videos is not None and (pixel_values is not None or name != "pixel_values_videos"):
+        both = "pixel_values and " if pixel_values is not None else ""
+        raise AdapterError(
+            f"{type(backbone.original).__name__} takes {name}, got {both}pixel_values_videos. Give {name} alone."
+        )
+    given: Any = pixel_values if pixel_values_videos is None else pixel_values_videos
+    check_pixel_values(given, backbone.architecture.input_dims, name)
+    return cast(Tensor, given)
+
+
+def check_pixel_values(pixel_values: object, num_dims: int = 4, name: str = "pixel_values") -> None:
+    """Raises AdapterError unless images or videos are in the format that processors return.
 
     Args:
-        num_dims: number of dimensions that the backbone takes, 4 for images, 3 for patches.
+        num_dims: number of dimensions that the backbone takes, 4 for images, 3 for patches, 5 for videos.
+        name: of the argument.
     """
     if isinstance(pixel_values, Tensor):
         if pixel_values.ndim == num_dims and pixel_values.is_floating_point():
@@ -109,8 +131,8 @@ def check_pixel_values(pixel_values: object, num_dims: int = 4) -> None:
     else:
         got = f"a value of type {type(pixel_values).__name__}"
     raise AdapterError(
-        f"pixel_values must be a floating-point tensor of shape {SHAPES[num_dims]}, got {got}. Use the image "
-        'processor of the backbone: vpt(**processor(PIL.Image.open("image.jpg"), return_tensors="pt")).'
+        f"{name} must be a floating-point tensor of shape {SHAPES[num_dims]}, got {got}. Use "
+        f"{PROCESSING_VIDEOS if num_dims == 5 else PROCESSING}."
     )
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..adapter import Adapter, make_labels
 from ..backbones import Backbone, add_classifier, find_backbone
+from ..config import CLASSIFICATION_TASKS
 from ..errors import AdapterError, ConfigError, truncate_list
 from ..injection import has_overrides
 from ..io import Fingerprint, take_fingerprint
@@ -49,10 +50,16 @@ def with_classifier(backbone: Backbone, task_type: str | None, labels: Mapping[s
         labels: of the adapter.
 
     Raises:
-        ConfigError: there are no labels.
+        ConfigError: there are no labels, or the task is that of other inputs.
     """
-    if task_type != "IMAGE_CLASSIFICATION" or backbone.head.task_type != "FEATURE_EXTRACTION":
+    if task_type not in CLASSIFICATION_TASKS or backbone.head.task_type != "FEATURE_EXTRACTION":
         return backbone
+    expected = backbone.architecture.classification
+    if task_type != expected:
+        raise ConfigError(
+            f'The classifier that is added to {type(backbone.model).__name__} needs task_type="{expected}", got '
+            f'"{task_type}", which is for other inputs than the model takes.'
+        )
     if not any(labels.get(name) for name in ("num_labels", "id2label", "label2id")):
         raise ConfigError(
             f"The classifier that is added to {type(backbone.model).__name__} needs labels, got none. Give num_labels "

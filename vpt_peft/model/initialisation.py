@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from .. import io
 from ..adapter import Adapter, make_keys
-from ..backbones import Backbone
+from ..backbones import Architecture, Backbone
 from ..errors import AdapterError, ConfigError, safe_repr, truncate_list
 from .arguments import check_pixel_values
 
@@ -74,7 +74,7 @@ def check_init(adapter: Adapter, backbone: Backbone, method: object, num_images:
             f'Prompts at location="{adapter.config.location}" are no tokens, and cannot start as some. '
             'Use location="prepend".'
         )
-    if backbone.architecture.input_dims != 4:
+    if backbone.architecture.token_mask is not None:
         raise ConfigError(
             f"Prompts cannot start as tokens of {type(backbone.model).__name__}, whose images are padded, got a call "
             "of init_prompts(). Keep the prompts as they are."
@@ -124,7 +124,7 @@ def collect_tokens(
             hook = partial(collect, layer)
             handle = backbone.layers[layer].module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        for images in _take_images(dataloader, num_images):
+        for images in _take_images(dataloader, num_images, backbone.architecture):
             run(images)
     return {
         layer: _from_first_process(_choose(reservoir.vectors, method, config.num_tokens, layer), backbone.device)
@@ -162,34 +162,34 @@ def _fresh_layers(adapter: Adapter) -> list[int]:
     return [layer for layer, plan in enumerate(adapter.plan) if plan is not None and plan.fresh]
 
 
-def _take_images(dataloader: Iterable[Any], num_images: int) -> Iterator[Tensor]:
+def _take_images(dataloader: Iterable[Any], num_images: int, architecture: Architecture) -> Iterator[Tensor]:
     """The first ``num_images`` images of a dataloader, in its batches."""
     for batch in dataloader:
-        images = _find_images(batch)[:num_images]
+        images = _find_images(batch, architecture)[:num_images]
         yield images
         num_images -= len(images)
         if num_images == 0:
             break
 
 
-def _find_images(batch: Any) -> Tensor:
-    """The images ``(num_images, num_channels, height, width)`` in a batch."""
-    images = batch
+def _find_images(batch: Any, architecture: Architecture) -> Tensor:
+    """The images ``(num_images, num_channels, height, width)``, or videos, in a batch."""
+    images, name = batch, architecture.input_name
     if isinstance(batch, Mapping):
-        if "pixel_values" not in batch:
+        if name not in batch:
             raise AdapterError(
-                "A batch of the dataloader must have the key pixel_values, got "
+                f"A batch of the dataloader must have the key {name}, got "
                 f"{truncate_list([safe_repr(key) for key in batch], MAX_LISTED) or 'none'}."
             )
-        images = batch["pixel_values"]
+        images = batch[name]
     elif isinstance(batch, tuple | list) and batch:
         images = batch[0]
     elif not isinstance(batch, Tensor):
         raise AdapterError(
-            "A batch of the dataloader must be a dict with pixel_values, a tuple or list with the images first, or a "
+            f"A batch of the dataloader must be a dict with {name}, a tuple or list with the images first, or a "
             f"tensor of images, got {safe_repr(batch)}."
         )
-    check_pixel_values(images)
+    check_pixel_values(images, architecture.input_dims, name)
     return images
 
 

@@ -74,7 +74,6 @@ class PreTrainedAdapterModel(PreTrainedModel):
     The keys of its state dict are ``adapters.{name}.{key}``, with the adapter's own keys, those of its file.
     """
 
-    main_input_name = "pixel_values"
     # Not every task's loss takes Trainer's num_items_in_batch; dividing by the number of steps is right for all.
     accepts_loss_kwargs = False
     supports_tp_plan = supports_pp_plan = supports_context_parallel = False
@@ -112,6 +111,11 @@ class PreTrainedAdapterModel(PreTrainedModel):
     def name_or_path(self) -> str:  # type: ignore[override]  # an attribute there
         """Name of the backbone on the Hub, or its folder."""
         return str(self.config.name_or_path)
+
+    @property
+    def main_input_name(self) -> str:  # type: ignore[override]  # an attribute there
+        """Name of the images or videos in the forward call of the backbone."""
+        return self.backbone.architecture.input_name
 
     @property
     def loss_function(self) -> Any:

@@ -30,7 +30,7 @@ from .arguments import (
     check_adapters_exist,
     check_names,
     check_options,
-    check_pixel_values,
+    find_pixel_values,
     pop_peft_options,
     single_name,
     storage_dtype,
@@ -181,13 +181,16 @@ class VPTModel(PreTrainedAdapterModel):
         spatial_shapes: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the backbone with the active adapter, or each image with its own. The output is the backbone's own.
 
         Args:
             pixel_values: ``(num_images, num_channels, height, width)``, from the backbone's image processor; for
-                SigLIP 2, patches, with ``pixel_attention_mask`` and ``spatial_shapes``.
+                SigLIP 2, patches, with ``pixel_attention_mask`` and ``spatial_shapes``; for models of videos, videos
+                ``(num_videos, num_frames, num_channels, height, width)``.
+            pixel_values_videos: the name of the videos in V-JEPA 2, in place of ``pixel_values``.
             labels: class numbers ``(num_images,)``, or ``(num_images, height, width)`` for segmentation, or what the
                 task's loss takes; the output then contains the loss.
             adapter_names: the adapter of each image, ``"__base__"`` for the bare backbone, in one forward pass.
@@ -204,8 +207,7 @@ class VPTModel(PreTrainedAdapterModel):
             raise AdapterError(
                 "pixel_values must be given with input_ids, got None. For texts alone, use vpt.get_text_features(...)."
             )
-        check_pixel_values(pixel_values, self.backbone.architecture.input_dims)
-        assert pixel_values is not None
+        pixel_values = find_pixel_values(self.backbone, pixel_values, pixel_values_videos)
         optional = {
             "bool_masked_pos": bool_masked_pos, "interpolate_pos_encoding": interpolate_pos_encoding,
             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
@@ -230,7 +232,7 @@ class VPTModel(PreTrainedAdapterModel):
             num_labels = count_labels(self._adapters, adapter_names, self.backbone)
         model = self.backbone.original if disabled else self.base_model
         with activate(context):
-            output = model(pixel_values=pixel_values, return_dict=True, **kwargs)
+            output = model(**{self.main_input_name: pixel_values}, return_dict=True, **kwargs)
         if context is not None:
             self._check_layers_reached(context)
             watch_gradients(output, context)
@@ -258,8 +260,7 @@ class VPTModel(PreTrainedAdapterModel):
             AdapterError: the backbone is no dual encoder, or an argument does not match the adapters.
         """
         get_features = self._dual_encoder("get_image_features")
-        check_pixel_values(pixel_values, self.backbone.architecture.input_dims)
-        assert pixel_values is not None
+        pixel_values = find_pixel_values(self.backbone, pixel_values)
         context = None
         if adapter_names is not None or not is_disabled(self):
             context = self._make_context(pixel_values.shape[0], adapter_names)
@@ -506,6 +507,7 @@ class VPTModel(PreTrainedAdapterModel):
         Args:
             dataloader: yields batches with images ``(num_images, num_channels, height, width)``: dicts with
                 ``pixel_values``, tuples or lists with the images first, or tensors; the rest of a batch is ignored.
+                For models of videos, videos as in :meth:`forward`.
                 Shuffle it, unless it has no more than ``num_images`` images.
             method: ``"sample"``: random image tokens; ``"kmeans"``: the centres of k-means over 32 random image tokens
                 per prompt, which needs scikit-learn; ``"mean"``: each prompt is the mean over the image tokens of one
@@ -599,7 +601,8 @@ class VPTModel(PreTrainedAdapterModel):
 
         Args:
             selected_adapters: None: all.
-            image_processor: saved beside the adapters, so that ``AutoImageProcessor`` finds it there.
+            image_processor: saved beside the adapters, so that ``AutoImageProcessor`` finds it there; for models of
+                videos, a video processor, for ``AutoVideoProcessor``.
             is_main_process: False: writes nothing, and only takes part in gathering sharded tensors.
             state_dict: the model's state dict, gathered from several processes, or None. If it is given, as by
                 ``Trainer``, a checkpoint of the active adapter is saved: its weights are also in
@@ -697,7 +700,8 @@ class VPTModel(PreTrainedAdapterModel):
 def get_vpt_model(model: nn.Module, config: PromptConfig, adapter_name: str = "default", **labels: Any) -> VPTModel:
     """Freezes a vision transformer and adds prompts and a head that are trained.
 
-    A model without a head gets a linear classifier with ``PromptConfig(task_type="IMAGE_CLASSIFICATION")`` and labels.
+    A model without a head gets a linear classifier with ``PromptConfig(task_type="IMAGE_CLASSIFICATION")``, for videos
+    ``"VIDEO_CLASSIFICATION"``, and labels.
 
     Args:
         model: a supported model of ``transformers``, such as ``ViTForImageClassification``.
