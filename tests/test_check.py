@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.dense_families import DENSE_FAMILIES
 from helpers.invariants import assert_unchanged, snapshot
 from helpers.models import BUILDERS, Tiny, tiny_beit, tiny_vit
 
@@ -24,6 +25,11 @@ def test_the_declaration_of_vit_agrees_in_all_ways_and_the_model_is_unchanged(vi
         assert way.agrees, f"{name}: {way}"
         assert f"  {name}: agrees (difference" in str(report)
     assert_unchanged(before, snapshot(vit.model))
+
+
+@pytest.mark.parametrize("name", ["yolos", "depth_anything", "vitpose", "vitpose_backbone"])
+def test_models_without_logits_or_tokens_are_compared(name: str) -> None:
+    assert check_architecture(DENSE_FAMILIES[name].bare()).agrees is True
 
 
 def test_inputs_are_those_of_the_user(vit: Tiny) -> None:

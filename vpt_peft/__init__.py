@@ -14,9 +14,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .auto import (
         AutoVPTModel,
+        AutoVPTModelForDepthEstimation,
         AutoVPTModelForFeatureExtraction,
         AutoVPTModelForImageClassification,
+        AutoVPTModelForKeypointDetection,
         AutoVPTModelForMaskedImageModeling,
+        AutoVPTModelForObjectDetection,
         AutoVPTModelForSemanticSegmentation,
         AutoVPTModelForVideoClassification,
         AutoVPTModelForZeroShotImageClassification,
@@ -34,9 +37,12 @@ __all__ = [
     "Architecture",
     "ArchitectureReport",
     "AutoVPTModel",
+    "AutoVPTModelForDepthEstimation",
     "AutoVPTModelForFeatureExtraction",
     "AutoVPTModelForImageClassification",
+    "AutoVPTModelForKeypointDetection",
     "AutoVPTModelForMaskedImageModeling",
+    "AutoVPTModelForObjectDetection",
     "AutoVPTModelForSemanticSegmentation",
     "AutoVPTModelForVideoClassification",
     "AutoVPTModelForZeroShotImageClassification",
@@ -62,9 +68,10 @@ __all__ = [
 
 _MODULES = {
     "auto": (
-        "AutoVPTModel", "AutoVPTModelForFeatureExtraction", "AutoVPTModelForImageClassification",
-        "AutoVPTModelForMaskedImageModeling", "AutoVPTModelForSemanticSegmentation",
-        "AutoVPTModelForVideoClassification", "AutoVPTModelForZeroShotImageClassification",
+        "AutoVPTModel", "AutoVPTModelForDepthEstimation", "AutoVPTModelForFeatureExtraction",
+        "AutoVPTModelForImageClassification", "AutoVPTModelForKeypointDetection", "AutoVPTModelForMaskedImageModeling",
+        "AutoVPTModelForObjectDetection", "AutoVPTModelForSemanticSegmentation", "AutoVPTModelForVideoClassification",
+        "AutoVPTModelForZeroShotImageClassification",
     ),
     "backbones": ("Architecture", "Head", "register_architecture"),
     "check": ("ArchitectureReport", "check_architecture"),

@@ -144,6 +144,24 @@ class AutoVPTModelForZeroShotImageClassification(AutoVPTModel):
     task_type = "ZERO_SHOT_IMAGE_CLASSIFICATION"
 
 
+class AutoVPTModelForObjectDetection(AutoVPTModel):
+    """:class:`AutoVPTModel` for object detection."""
+
+    task_type = "OBJECT_DETECTION"
+
+
+class AutoVPTModelForDepthEstimation(AutoVPTModel):
+    """:class:`AutoVPTModel` for depth estimation."""
+
+    task_type = "DEPTH_ESTIMATION"
+
+
+class AutoVPTModelForKeypointDetection(AutoVPTModel):
+    """:class:`AutoVPTModel` for keypoint detection, as of poses."""
+
+    task_type = "KEYPOINT_DETECTION"
+
+
 class AutoVPTModelForFeatureExtraction(AutoVPTModel):
     """:class:`AutoVPTModel` for models without a head."""
 

@@ -134,11 +134,12 @@ def _compare(model: Any, config: Mapping[str, Any], inputs: dict[str, Any], bare
 
 
 def _output(output: Any) -> Tensor:
-    """The logits of a model, else its tokens."""
+    """The logits of a model, else its tokens, else its first output, of feature maps the last."""
     for name in ("logits", "logits_per_image", "last_hidden_state"):
         if isinstance(output.get(name), Tensor):
             return output[name]
-    return next(value for value in output.values() if isinstance(value, Tensor))
+    others = (value[-1] if isinstance(value, tuple) else value for value in output.values())
+    return next(value for value in others if isinstance(value, Tensor))
 
 
 @contextmanager

@@ -10,9 +10,12 @@ from .errors import ConfigError, safe_repr
 
 TASK_TYPES = (
     "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING",
-    "ZERO_SHOT_IMAGE_CLASSIFICATION", "FEATURE_EXTRACTION",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "DEPTH_ESTIMATION", "KEYPOINT_DETECTION",
+    "FEATURE_EXTRACTION",
 )  # fmt: skip
 CLASSIFICATION_TASKS = ("IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION")  # one row of logits for each input
+# tasks with outputs for places in the image
+SPATIAL_TASKS = ("SEMANTIC_SEGMENTATION", "OBJECT_DETECTION", "DEPTH_ESTIMATION", "KEYPOINT_DETECTION")
 
 # choices of pooling for a classifier that is added
 ADDED_POOLINGS = ("class", "class_and_image", "pooled")

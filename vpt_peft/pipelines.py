@@ -18,7 +18,7 @@ from .errors import AdapterError, CheckpointError, safe_repr
 from .io import open_folder
 from .model import VPTModel
 
-WITH_LABELS = ("image-classification", "image-segmentation")  # the pipelines that answer with an adapter's own
+WITH_LABELS = ("image-classification", "image-segmentation", "object-detection")  # they answer with an adapter's own
 
 
 class AdapterPipeline(transformers.Pipeline):
@@ -61,6 +61,14 @@ class ZeroShotImageClassificationPipeline(AdapterPipeline, transformers.ZeroShot
     """``pipe("rose.jpg", candidate_labels=["rose", "daisy"])`` gives ``[{"label": "rose", "score": 0.98}, ...]``."""
 
 
+class ObjectDetectionPipeline(AdapterPipeline, transformers.ObjectDetectionPipeline):
+    """``pipe("street.jpg")`` gives ``[{"label": "car", "score": 0.98, "box": {"xmin": 40, ...}}, ...]``."""
+
+
+class DepthEstimationPipeline(AdapterPipeline, transformers.DepthEstimationPipeline):
+    """``pipe("room.jpg")`` gives ``{"predicted_depth": tensor (height, width), "depth": PIL image}``."""
+
+
 class ImageSegmentationPipeline(AdapterPipeline, transformers.ImageSegmentationPipeline):
     """``pipe("room.jpg")`` gives ``[{"label": "wall", "score": None, "mask": PIL image of 0 and 255}, ...]``."""
 
@@ -84,9 +92,11 @@ class ImageSegmentationPipeline(AdapterPipeline, transformers.ImageSegmentationP
 
 
 PIPELINES: dict[str, type[Any]] = {
+    "depth-estimation": DepthEstimationPipeline,
     "image-classification": ImageClassificationPipeline,
     "image-feature-extraction": ImageFeatureExtractionPipeline,
     "image-segmentation": ImageSegmentationPipeline,
+    "object-detection": ObjectDetectionPipeline,
     "zero-shot-image-classification": ZeroShotImageClassificationPipeline,
 }
 

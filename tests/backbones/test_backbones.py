@@ -9,8 +9,6 @@ import pytest
 import torch
 from helpers.models import VIT, Tiny, logits
 from transformers import (
-    BertConfig,
-    BertModel,
     Data2VecVisionConfig,
     Data2VecVisionModel,
     ViTForImageClassification,
@@ -31,21 +29,10 @@ from vpt_peft import (
 from vpt_peft.backbones import ARCHITECTURES
 
 
-def test_what_is_no_vision_transformer_is_named_with_the_supported_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"ViTForImageClassification.*got Linear"):
-        get_vpt_model(torch.nn.Linear(2, 2), PromptConfig())
-
-
 @pytest.mark.parametrize("model", [None, "google/vit-base-patch16-224"])
 def test_what_is_no_model_is_named_with_the_way_to_load_one(model: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"Expected a model, got .*AutoModel\w*\.from_pretrained"):
         get_vpt_model(model, PromptConfig())
-
-
-def test_a_language_model_is_refused() -> None:
-    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
-    with pytest.raises(UnsupportedModelError, match="got BertModel"):
-        get_vpt_model(bert, PromptConfig())
 
 
 def test_a_model_that_carries_prompts_already_is_refused(tiny: Tiny) -> None:
@@ -102,7 +89,7 @@ def test_an_attention_that_calls_no_function_is_refused() -> None:
 
 def test_a_model_that_masks_patches_is_refused_and_its_checkpoint_works_in_a_vit(tmp_path: Path) -> None:
     model = ViTMAEModel(ViTMAEConfig(**VIT))
-    with pytest.raises(UnsupportedModelError, match="among ViTForImageClassification, ViTModel; got ViTMAEModel"):
+    with pytest.raises(UnsupportedModelError, match=r"hides patches at random.*Load the checkpoint into ViTModel"):
         get_vpt_model(model, PromptConfig())
     pretrained = ViTMAEForPreTraining(model.config)
     pretrained.save_pretrained(tmp_path / "mae")

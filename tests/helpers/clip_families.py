@@ -97,6 +97,8 @@ CLIP_FAMILIES: dict[str, Family] = {
     "altclip_vision": _vision("AltCLIPVisionModel"),
     "altclip": _dual("AltCLIP", same_layers=True),
     "owlvit_vision": _vision("OwlViTVisionModel", "vision_model.", patch_norm="vision_model.pre_layernorm"),
+    "owlvit": _dual("OwlViT", patch_norm="vision_model.pre_layernorm", same_layers=True),
+    "owlv2": _dual("Owlv2", patch_norm="vision_model.pre_layernorm", same_layers=True),
     "owlv2_vision": _vision("Owlv2VisionModel", "vision_model.", patch_norm="vision_model.pre_layernorm"),
     "git_vision": _vision("GitVisionModel", "vision_model."),
     "siglip_vision": _vision("SiglipVisionModel", **WHOLE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -51,6 +52,10 @@ class Family:
         outputs: names of the outputs that belong to an image each; empty: all of them.
         needs_no_labels: transformers can make a classifier with ``num_labels=0``.
         takes_pixels: the model takes images and embeds their patches itself.
+        rectified: path of a layer in front of a ReLU, which gets a large bias, so that not all outputs are 0.
+        never_read: a part of the head that transformers has and never calls.
+        reads_hidden_states: transformers sets up the hidden states that the head reads at the first call, which cannot
+            be part of a graph.
     """
 
     model_class: str
@@ -75,6 +80,9 @@ class Family:
     outputs: tuple[str, ...] = ()
     needs_no_labels: bool = True
     takes_pixels: bool = True
+    rectified: str | None = None
+    never_read: str | None = None
+    reads_hidden_states: bool = False
 
     @property
     def available(self) -> bool:
@@ -90,7 +98,10 @@ class Family:
         labels = {"num_labels": NUM_LABELS} if self.classifier else {}
         model_config = find_class(self.config_class)(**{**self.config, **labels, **config})
         torch.manual_seed(0)
-        return randomized((self.build or find_class(self.model_class))(model_config)).eval()
+        model = randomized((self.build or find_class(self.model_class))(model_config)).eval()
+        if self.rectified:
+            nn.init.constant_(model.get_submodule(self.rectified).bias, 5.0)
+        return model
 
     def full_size(self) -> Any:
         """A model of published size, without weights."""
@@ -139,6 +150,10 @@ def randomized(model: Any) -> Any:
                 is_scale = name.endswith("weight") or "lambda" in name or "gamma" in name
                 noise = 0.3 * noise + is_scale
             parameter.copy_(noise)
+        for module in model.modules():
+            if isinstance(module, nn.ConvTranspose2d):  # its first dimension is that of the inputs
+                inputs_of_an_output = module.in_channels / math.prod(module.stride)
+                module.weight.mul_((module.out_channels / inputs_of_an_output) ** 0.5)
     return model
 
 
@@ -391,9 +406,10 @@ FAMILIES: dict[str, Family] = {
 def all_families() -> dict[str, Family]:
     """All families by name."""
     from .clip_families import CLIP_FAMILIES  # here, since they use this module
+    from .dense_families import DENSE_FAMILIES
     from .video_families import VIDEO_FAMILIES
 
-    return {**FAMILIES, **CLIP_FAMILIES, **VIDEO_FAMILIES}
+    return {**FAMILIES, **CLIP_FAMILIES, **DENSE_FAMILIES, **VIDEO_FAMILIES}
 
 
 def each_family(select: Callable[[Family], Any] = lambda family: True) -> Any:

@@ -457,9 +457,9 @@ def test_a_replaced_patch_embedding_is_noticed(vit: Tiny) -> None:
             "modules_to_save with 'vit.embeddings.patch_embeddings', which contains it",
         ),
         (
-            SEGMENTERS["upernet"], {"location": "border"}, "a model without an output for each pixel, got UperNet",
+            SEGMENTERS["upernet"], {"location": "border"}, "a model without outputs for places in the image, got Uper",
         ),
-        (SEGMENTERS["beit_segmenter"], {"location": "border"}, "needs a model without an output for each pixel"),
+        (SEGMENTERS["beit_segmenter"], {"location": "border"}, "needs a model without outputs for places in the image"),
         (tiny_swin, {"location": "add", "shared": True, "deep": True}, "shared=True needs layers of one width"),
     ],
 )  # fmt: skip

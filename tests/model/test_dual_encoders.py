@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from vpt_peft import AdapterError, ConfigError, PromptConfig, VPTModel, get_vpt_model
 
-NAMES = ["clip", "metaclip2", "chinese_clip", "altclip", "siglip", "siglip2"]
+NAMES = ["clip", "metaclip2", "chinese_clip", "altclip", "owlvit", "owlv2", "siglip", "siglip2"]
 PLAIN = [name for name in NAMES if name != "siglip2"]  # models of images, and not of patches
 TOLERANCE = 1e-5
 

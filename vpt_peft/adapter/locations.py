@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..config import IN_IMAGE, PromptConfig
+from ..config import IN_IMAGE, SPATIAL_TASKS, PromptConfig
 from ..errors import ConfigError
 
 # Mean and standard deviation of the pixels of ImageNet, red, green and blue, by which the official code normalises a
@@ -83,12 +83,12 @@ def required_size(config: PromptConfig, backbone: Backbone) -> tuple[int, int] |
 
 
 def count_tokens(backbone: Backbone, layer: int) -> int:
-    """Number of tokens that enter a layer, prefix tokens included, for images of the backbone's size."""
+    """Number of tokens that enter a layer, prefix and suffix tokens included, for images of the backbone's size."""
     rows, columns = (side // backbone.patch_size for side in _padded_size(backbone))
     for merging in backbone.mergings:
         if merging < layer:
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    return backbone.num_prefix_tokens + rows * columns
+    return backbone.num_prefix_tokens + rows * columns + backbone.num_suffix_tokens
 
 
 def _padded_size(backbone: Backbone) -> tuple[int, int]:
@@ -110,10 +110,11 @@ def _border_shapes(config: PromptConfig, backbone: Backbone) -> dict[str, tuple[
         )
     if channels != len(MEAN):
         raise ConfigError(f'location="border" needs images of {len(MEAN)} channels (RGB), got {channels}.')
-    if backbone.head.task_type == "SEMANTIC_SEGMENTATION":
+    if backbone.head.task_type in SPATIAL_TASKS:
         raise ConfigError(
-            f'location="border" needs a model without an output for each pixel, got {type(backbone.model).__name__}, '
-            'whose outputs would include the border. Use another location, such as "channel".'
+            f'location="border" needs a model without outputs for places in the image, got '
+            f"{type(backbone.model).__name__}, whose outputs would include the border. Use another location, such as "
+            '"channel".'
         )
     ends, sides = (channels, size, width), (channels, height - 2 * size, size)
     return {"top": ends, "bottom": ends, "left": sides, "right": sides}

@@ -89,10 +89,11 @@ def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, de
     Args:
         layer: the copy; None if a head of the user's own has no such layer.
     """
-    expected = len(backbone.model.config.id2label or ())
+    expected, extra = len(backbone.model.config.id2label or ()), backbone.head.extra_outputs
     if num_labels == expected:
         is_conv = isinstance(layer, nn.Conv2d)
-        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels if is_conv else expected
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels if is_conv else None
+        outputs = expected if outputs is None else outputs - extra
         if outputs != expected:
             raise ConfigError(
                 f"The head must have an output for each label in the model's config, got {outputs} outputs of '{path}' "
@@ -106,9 +107,10 @@ def _output_layer(layer: Any, path: str, backbone: Backbone, num_labels: int, de
         return nn.Identity()  # as transformers does
     if isinstance(layer, nn.Linear | nn.Identity):
         num_features = layer.in_features if isinstance(layer, nn.Linear) else backbone.num_features
-        return nn.Linear(num_features, num_labels, device=device)
+        return nn.Linear(num_features, num_labels + extra, device=device)
     if isinstance(layer, nn.Conv2d):
-        return nn.Conv2d(layer.in_channels, num_labels, kernel_size=1, device=device)
+        size, stride, padding = layer.kernel_size, layer.stride, layer.padding
+        return nn.Conv2d(layer.in_channels, num_labels + extra, size, stride, padding, device=device)  # type: ignore[arg-type]
     raise ConfigError(
         f"A head with {num_labels} labels can replace a linear layer or a convolution, got {type(layer).__name__} at "
         f"'{path}'. Load the backbone with num_labels={num_labels}."

@@ -7,6 +7,7 @@ from . import (  # noqa: F401  registers the declarations
     deit,
     dinov2,
     dinov3,
+    dpt,
     masked,
     siglip,
     swin,
@@ -14,6 +15,8 @@ from . import (  # noqa: F401  registers the declarations
     video,
     vision_language,
     vit,
+    vitpose,
+    yolos,
 )
 from .architecture import ARCHITECTURES, Architecture, Head, register_architecture
 from .backbone import Backbone, Layer, find_backbone, find_class, list_classes

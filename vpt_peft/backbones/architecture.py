@@ -17,6 +17,7 @@ class Head:
         task_type: the task of the model class.
         paths: modules of the head, relative to the model; those that are None in a model are ignored.
         outputs: layers of the head with one output per label; None: ``paths`` for classification, else none.
+        extra_outputs: number of outputs besides those of the labels: 1 for "no object" of a detector.
         own_loss: the model computes the loss from ``labels`` inside its forward.
         layers_read: for heads that read intermediate layers: given the model, the number of leading layers that are
             read. Prompts and biases of later layers would have no effect. None: all layers.
@@ -34,6 +35,7 @@ class Head:
     task_type: str
     paths: tuple[str, ...] = ()
     outputs: tuple[str, ...] | None = None
+    extra_outputs: int = 0
     own_loss: bool = False
     layers_read: Callable[[Any], int] | None = None
     encoder: str | None = None
@@ -75,6 +77,7 @@ class Architecture:
         attention_scale, mlp_scale: LayerScale of the two residual branches, a parameter or a module.
         unused: parameters and modules of a layer that have no effect on prompts, such as position biases.
         num_prefix_tokens: number of tokens before the patches (``[CLS]``, registers), or a function of the encoder.
+        num_suffix_tokens: number of tokens behind the patches (detection tokens), likewise.
         patch_size: side of a patch in pixels, as a function of the encoder; None: ``encoder.config.patch_size``.
         patch_projection: the convolution that embeds patches, relative to the encoder.
         patch_norm: the norm after it, likewise; None: there is none.
@@ -93,8 +96,9 @@ class Architecture:
             biases cannot be mixed in a batch.
         overwrites_settings: the forward of a layer overwrites attributes of the layer depending on its input.
         backbone: path of an inner backbone of another family (UperNet), whose declaration then applies to everything
-            but the heads.
+            but the heads; where it is None in a model, this declaration applies.
         backbones: supported classes of the inner backbone.
+        refuse: the reason why a model of the family cannot be prompted, as a function of its encoder; None: it can.
     """
 
     model_type: str
@@ -120,6 +124,7 @@ class Architecture:
     mlp_scale: str | None = None
     unused: tuple[str, ...] = ()
     num_prefix_tokens: int | Callable[[Any], int] = 1
+    num_suffix_tokens: int | Callable[[Any], int] = 0
     patch_size: Callable[[Any], int] | None = None
     patch_projection: str = "embeddings.patch_embeddings.projection"
     patch_norm: str | None = None
@@ -135,6 +140,7 @@ class Architecture:
     overwrites_settings: bool = False
     backbone: str | None = None
     backbones: tuple[str, ...] = ()
+    refuse: Callable[[Any], str | None] | None = None
 
     @property
     def classification(self) -> str:

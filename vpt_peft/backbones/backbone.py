@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, safe_repr, truncate_list
 from .architecture import ARCHITECTURES, Architecture, Head
+from .unsupported import explain
 
 MAX_LISTED = 5
 IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv", "o_proj", "q_bias", "v_bias", "q_norm", "k_norm", "caller")
@@ -222,6 +223,20 @@ class Backbone:
         return number if isinstance(number, int) else number(self.encoder)
 
     @property
+    def num_suffix_tokens(self) -> int:
+        """Number of tokens behind the patches."""
+        number = self.architecture.num_suffix_tokens
+        return number if isinstance(number, int) else number(self.encoder)
+
+    def image_tokens(self, tokens: Tensor) -> Tensor:
+        """Those of an image's patches.
+
+        Args:
+            tokens: ``(num_images, num_tokens, width)``, prefix and suffix tokens included.
+        """
+        return tokens[:, self.num_prefix_tokens : tokens.shape[1] - self.num_suffix_tokens]
+
+    @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         if self.architecture.patch_size is not None:
@@ -280,7 +295,7 @@ def find_backbone(model: nn.Module) -> Backbone:
     """Finds the declared parts of a model.
 
     Raises:
-        UnsupportedModelError: no declaration fits; the error lists the supported classes.
+        UnsupportedModelError: no declaration fits; the error says why, or names the nearest supported class.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -288,37 +303,37 @@ def find_backbone(model: nn.Module) -> Backbone:
             "AutoModelForImageClassification.from_pretrained(name)."
         )
     declared = ARCHITECTURES.get(_model_type(model) or "", [])
-    fitting = [(one, head) for one in declared if (head := _find_head(model, one.heads)) is not None]
+    fitting = [(family, head) for family in declared if (head := _find_head(model, family.heads)) is not None]
     if not fitting:
-        supported = ", ".join(list_classes(declared or None))
-        raise UnsupportedModelError(
-            f"Expected a vision transformer among {supported}; got {type(model).__name__}. "
-            "Other architectures can be declared with vpt_peft.register_architecture."
-        )
+        raise UnsupportedModelError(explain(model, _model_type(model)))
     errors: list[UnsupportedModelError] = []
-    for architecture, head in fitting:
-        try:
-            return _build(model, architecture, head)
-        except UnsupportedModelError as error:
-            errors.append(error)
+    for family, head in fitting:
+        inner, architectures = _find_inner(model, family)
+        for architecture in architectures:
+            try:
+                return _build(model, inner, architecture, head)
+            except UnsupportedModelError as error:
+                errors.append(error)
     raise errors[0]
 
 
-def _build(model: Any, declared: Architecture, head: Head) -> Backbone:
+def _build(model: Any, inner: Any, architecture: Architecture, head: Head) -> Backbone:
     """The parts of a model. Raises UnsupportedModelError if the declaration does not fit."""
     try:
-        return _find_parts(model, declared, head)
+        return _find_parts(model, inner, architecture, head)
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not match the declaration of '{declared.model_type}': {error}. "
+            f"{type(model).__name__} does not match the declaration of '{architecture.model_type}': {error}. "
             "Use a supported version of transformers, or declare it with vpt_peft.register_architecture."
         ) from error
 
 
-def _find_parts(model: Any, declared: Architecture, head: Head) -> Backbone:
+def _find_parts(model: Any, inner: Any, architecture: Architecture, head: Head) -> Backbone:
     head = replace(head, paths=tuple(path for path in head.paths if attrgetter(path)(model) is not None))
-    inner, architecture = _find_inner(model, declared)
     encoder: Any = inner.base_model if head.encoder is None else inner.get_submodule(head.encoder)
+    reason = architecture.refuse(encoder) if architecture.refuse else None
+    if reason is not None:
+        raise UnsupportedModelError(f"This {type(model).__name__} cannot be prompted: {reason}")
     layers, mergings = _find_layers(encoder, architecture, head.layers_read(model) if head.layers_read else None)
     if not layers:
         raise UnsupportedModelError(
@@ -386,18 +401,18 @@ def _find_head(model: nn.Module, heads: dict[str, Head]) -> Head | None:
     return next((heads[name] for name in names if name in heads), None)
 
 
-def _find_inner(model: Any, declared: Architecture) -> tuple[Any, Architecture]:
-    """The model that has the layers, which is ``model`` or its inner backbone, and its declaration."""
-    if declared.backbone is None:
-        return model, declared
-    inner = model.get_submodule(declared.backbone)
+def _find_inner(model: Any, declared: Architecture) -> tuple[Any, list[Architecture]]:
+    """The model that has the layers, which is ``model`` or its inner backbone, and its declarations."""
+    inner = dict(model.named_modules()).get(declared.backbone) if declared.backbone else None
+    if inner is None:
+        return model, [declared]
     known = ARCHITECTURES.get(_model_type(inner) or "", [])
     if not known or not any(cls.__name__ in declared.backbones for cls in type(inner).__mro__):
         raise UnsupportedModelError(
             f"{type(model).__name__} is supported with a backbone among {', '.join(declared.backbones)}; "
             f"got {type(inner).__name__}. Others can be declared with vpt_peft.register_architecture."
         )
-    return inner, known[0]
+    return inner, known
 
 
 def _find_layers(

@@ -23,6 +23,7 @@ from .transfer import PROCESSOR_NAMES
 from .usage import PIPELINE_TAGS, pipeline_code, usage_code
 
 CARD_DETAILS = frozenset({"model_id", "training_data", "metrics", "hyperparameters", "license"})
+LABELLED_TASKS = (*CLASSIFICATION_TASKS, "SEMANTIC_SEGMENTATION", "OBJECT_DETECTION", "KEYPOINT_DETECTION")
 MAX_LABELS = 50
 # Prompt lengths by location, where they are no number of tokens.
 LENGTHS = {
@@ -161,7 +162,7 @@ def _adapter_rows(adapter: Adapter) -> str:
         "trained parameters": f"{sum(parameter.numel() for parameter in adapter.parameters()):,}",
         "bytes": f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors):,}",
     }
-    if config.task_type in (*CLASSIFICATION_TASKS, "SEMANTIC_SEGMENTATION"):
+    if config.task_type in LABELLED_TASKS:
         names = list(adapter.labels()["id2label"].values())
         more = f" and {len(names) - MAX_LABELS} more" if len(names) > MAX_LABELS else ""
         rows["labels"] = f"{', '.join(map(_cell, names[:MAX_LABELS]))}{more}"

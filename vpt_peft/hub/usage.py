@@ -16,15 +16,24 @@ BACKBONE_CLASSES = {
     "SEMANTIC_SEGMENTATION": "AutoModelForSemanticSegmentation",
     "MASKED_IMAGE_MODELING": "AutoModelForMaskedImageModeling",
     "ZERO_SHOT_IMAGE_CLASSIFICATION": "AutoModelForZeroShotImageClassification",
+    "OBJECT_DETECTION": "AutoModelForObjectDetection",
+    "DEPTH_ESTIMATION": "AutoModelForDepthEstimation",
+    "KEYPOINT_DETECTION": "AutoModelForPoseEstimation",
     "FEATURE_EXTRACTION": "AutoModel",
 }
 PIPELINES = {
     "IMAGE_CLASSIFICATION": "image-classification",
     "SEMANTIC_SEGMENTATION": "image-segmentation",
     "ZERO_SHOT_IMAGE_CLASSIFICATION": "zero-shot-image-classification",
+    "OBJECT_DETECTION": "object-detection",
+    "DEPTH_ESTIMATION": "depth-estimation",
     "FEATURE_EXTRACTION": "image-feature-extraction",
 }
-PIPELINE_TAGS = {**PIPELINES, "VIDEO_CLASSIFICATION": "video-classification"}  # what the Hub knows them by
+PIPELINE_TAGS = {  # the Hub's names of the tasks
+    **PIPELINES,
+    "VIDEO_CLASSIFICATION": "video-classification",
+    "KEYPOINT_DETECTION": "keypoint-detection",
+}
 UNNAMED = "path/to/backbone"  # in place of a backbone that the card cannot name
 CLASSIFICATION = """\
 with torch.no_grad():
@@ -66,9 +75,29 @@ texts = tokenizer(labels, padding="max_length", max_length=64, truncation=True, 
 with torch.no_grad():
     logits = vpt(**inputs, **texts).logits_per_image
 print(labels[logits.argmax(-1).item()])"""
+DETECTION = """\
+with torch.no_grad():
+    output = vpt(**inputs)
+sizes = [(image.height, image.width)]
+(found,) = processor.post_process_object_detection(output, threshold=0.5, target_sizes=sizes)
+for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist()):
+    print(vpt.config.id2label[label], score, box)  # corners of the box: x, y, x, y"""
+DEPTH = """\
+with torch.no_grad():
+    output = vpt(**inputs)
+(found,) = processor.post_process_depth_estimation(output, target_sizes=[(image.height, image.width)])
+print(found["predicted_depth"].shape)  # (height, width)"""
+KEYPOINTS = """\
+with torch.no_grad():
+    output = vpt(**inputs)
+((found,),) = processor.post_process_pose_estimation(output, boxes=boxes)
+for label, score, (x, y) in zip(found["labels"].tolist(), found["scores"].tolist(), found["keypoints"].tolist()):
+    print(vpt.config.id2label[label], score, x, y)"""
+BOXES = "boxes = [[(0, 0, image.width, image.height)]]  # of each person in the image: x, y, width, height"
 
 OTHERS = {
     "SEMANTIC_SEGMENTATION": SEGMENTATION, "MASKED_IMAGE_MODELING": MASKED, "ZERO_SHOT_IMAGE_CLASSIFICATION": ZERO_SHOT,
+    "OBJECT_DETECTION": DETECTION, "DEPTH_ESTIMATION": DEPTH, "KEYPOINT_DETECTION": KEYPOINTS,
 }  # fmt: skip
 
 
@@ -140,11 +169,14 @@ def _reading(adapter: Adapter) -> str:
     if adapter.num_frames:
         options = f"do_sample_frames=True, num_frames={adapter.num_frames}"
         return f'inputs = processor("video.mp4", {options}, return_tensors="pt")  # torchcodec decodes it'
-    options = ""
+    options, boxes = "", ""
     if adapter.config.location == "border" and adapter.image_size:
         height, width = adapter.image_size  # smaller than the processor makes them
         options = f'size={{"height": {height}, "width": {width}}}, do_center_crop=False, '
-    return f'image = Image.open("image.jpg").convert("RGB")\ninputs = processor(image, {options}return_tensors="pt")'
+    if adapter.config.task_type == "KEYPOINT_DETECTION":
+        options, boxes = f"{options}boxes=boxes, ", f"{BOXES}\n"
+    image = 'image = Image.open("image.jpg").convert("RGB")'
+    return f'{image}\n{boxes}inputs = processor(image, {options}return_tensors="pt")'
 
 
 def _prediction(adapter: Adapter) -> str:

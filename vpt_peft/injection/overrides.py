@@ -165,11 +165,12 @@ class HeadOverride(ForwardOverride):
         super().__init__(backbone, backbone.model.get_submodule(path))
         self.path = path
 
-    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        features, *rest = args or (kwargs.pop(next(iter(kwargs))),)  # DPT names its features
         context = current_forward(self.backbone)
         if context is None:
-            return self.forward(features, *args, **kwargs)
-        outputs = [self._call_head(context, batch, features, *args, **kwargs) for batch in context.batches]
+            return self.forward(features, *rest, **kwargs)
+        outputs = [self._call_head(context, batch, features, *rest, **kwargs) for batch in context.batches]
         return outputs[0] if context.batches[0].rows is None else merge_outputs(outputs, context)
 
     def _call_head(self, context: ForwardContext, batch: AdapterBatch, features: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +202,7 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
     hidden = batch.select(context.last_hidden_state)
     if backbone.has_added_classifier and not backbone.architecture.normed_output:
         hidden = backbone.final_norm(hidden)
-    class_token, tokens = hidden[:, 0], hidden[:, backbone.num_prefix_tokens :]
+    class_token, tokens = hidden[:, 0], backbone.image_tokens(hidden)
     mask = None if context.token_mask is None else batch.select(context.token_mask)
     with activate_alone(context, batch):
         if batch.pooling in ("prompt", "global"):

@@ -50,9 +50,18 @@ def mix_adapters(adapters: Mapping[str, Adapter], names: Sequence[str], num_imag
 
 
 def count_labels(adapters: Mapping[str, Adapter], names: Sequence[str], backbone: Backbone) -> list[int]:
-    """Number of labels of each image's task; without a classifier, the number of features."""
+    """Number of labels of each image's task; without a classifier, the number of features.
+
+    Raises:
+        AdapterError: it differs between tasks of a detector.
+    """
     base_labels = backbone.model.config.num_labels
-    counts = (base_labels if name == BASE else adapters[name].num_labels for name in names)
+    counts = [base_labels if name == BASE else adapters[name].num_labels for name in names]
+    if backbone.head.extra_outputs and len(set(counts)) > 1:
+        raise AdapterError(
+            f"Adapters of a {type(backbone.model).__name__} can be mixed if they have the same number of labels, since "
+            f'its last output is for "no object", got {sorted(set(counts))}. Call the model once for each number.'
+        )
     return [count or backbone.num_features for count in counts]
 
 
@@ -60,11 +69,11 @@ def mask_padded_logits(output: Any, num_labels: Sequence[int]) -> None:
     """Sets ``num_labels`` of a mixed batch's output, and ``-inf`` for the padded labels in its ``logits``.
 
     Args:
-        output: with ``logits`` of shape ``(num_images, most labels, ...)``, of one head or of several.
+        output: with ``logits`` or ``heatmaps`` of shape ``(num_images, most labels, ...)``, of one head or of several.
         num_labels: of each image.
     """
-    heads = {name: value for name, value in output.items() if name.endswith("logits")}
-    logits = heads["logits"]
+    heads = {name: value for name, value in output.items() if name.endswith(("logits", "heatmaps"))}
+    logits = next(iter(heads.values()))
     output["num_labels"] = torch.tensor(num_labels, device=logits.device)
     if len(set(num_labels)) > 1:
         padding = torch.arange(logits.shape[1], device=logits.device) >= output["num_labels"][:, None]
@@ -117,7 +126,8 @@ def add_loss(output: Any, labels: Tensor, loss_function: Any, config: Any, kwarg
     """The output with the loss of its logits.
 
     Args:
-        loss_function: ``loss_function(labels, logits, config)``.
+        loss_function: ``loss_function(labels, logits, config)``; of a detector, that of transformers,
+            ``loss_function(logits, labels, device, boxes, config)``.
         config: the backbone's config with the adapter's labels.
         kwargs: arguments of the forward call, of which ``num_items_in_batch`` is passed on.
 
@@ -126,7 +136,13 @@ def add_loss(output: Any, labels: Tensor, loss_function: Any, config: Any, kwarg
     """
     if "logits" not in output or config.num_labels == 0:
         got = "num_labels=0" if "logits" in output else type(output).__name__
-        raise AdapterError(f"labels need a model with a classifier, got {got}. Leave labels out.")
+        raise AdapterError(
+            f"labels need a model with a classifier, got {got}. Leave labels out, and compute the loss from the output."
+        )
+    if "pred_boxes" in output:
+        logits = output.logits
+        loss, parts, _ = loss_function(logits, labels, logits.device, output.pred_boxes, config)
+        return type(output)(**{**output, "loss": loss, "loss_dict": parts})
     counted = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
     loss = loss_function(labels, output.logits, config, **counted)
     if "loss" in type(output).__dataclass_fields__:

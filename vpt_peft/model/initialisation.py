@@ -106,11 +106,10 @@ def collect_tokens(
     layers, config = _fresh_layers(adapter), adapter.config
     size = config.num_tokens * (TOKENS_PER_CENTRE if method == "kmeans" else 1)
     reservoirs = {layer: Reservoir(size) for layer in (layers[:1] if config.shared else layers)}
-    num_prefix_tokens = backbone.num_prefix_tokens
 
     def collect(layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden: Tensor = args[0] if args else next(iter(kwargs.values()))  # (num_images, num_tokens, width)
-        tokens = hidden[:, num_prefix_tokens:].float()
+        tokens = backbone.image_tokens(hidden).float()
         if not tokens.isfinite().all():
             raise AdapterError(
                 f"The tokens of the images must be finite, got NaN or infinite values in layer {layer}. Check the "

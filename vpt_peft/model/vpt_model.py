@@ -192,7 +192,7 @@ class VPTModel(PreTrainedAdapterModel):
                 ``(num_videos, num_frames, num_channels, height, width)``.
             pixel_values_videos: the name of the videos in V-JEPA 2, in place of ``pixel_values``.
             labels: class numbers ``(num_images,)``, or ``(num_images, height, width)`` for segmentation, or what the
-                task's loss takes; the output then contains the loss.
+                task's loss takes, as a list of boxes and classes for detection; the output then contains the loss.
             adapter_names: the adapter of each image, ``"__base__"`` for the bare backbone, in one forward pass.
                 ``logits`` are padded with ``-inf``; ``num_labels`` is the number of labels of each row. The active
                 adapter and :meth:`disable_adapter` then have no effect.
