@@ -2,6 +2,7 @@
 # make test          lint, type check and tests
 # make test-oldest   tests with the oldest supported torch, transformers, huggingface_hub and safetensors
 # make package       build the wheel and test it in a clean environment
+# make docs          build the documentation, in build/site
 # make clean         remove environments, builds and caches
 # make format        apply the fixes and the formatting that `make test` checks
 #
@@ -13,11 +14,12 @@ WORKERS ?= 2
 VENV := .venv
 OLDEST := .venv-oldest
 CLEAN := .venv-package
+DOCS := .venv-docs
 
 # One thread per worker: more are no faster for tiny models, and workers would compete for cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup quickstart test lint format types tests test-oldest package clean
+.PHONY: help setup quickstart test lint format types tests test-oldest package docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -53,8 +55,11 @@ package: setup
 	$(CLEAN)/bin/python -m pip install -c constraints/current.txt dist/*.whl
 	cd $(CLEAN) && bin/python -I ../.ci/check_wheel.py
 
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CLEAN) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(CLEAN) $(DOCS) build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -62,6 +67,11 @@ clean:
 $(VENV)/.installed: setup.cfg pyproject.toml constraints/current.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints/current.txt -e '.[dev,test]'
+	touch $@
+
+$(DOCS)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -r docs/requirements.txt
 	touch $@
 
 $(OLDEST)/.installed: setup.cfg pyproject.toml constraints/oldest.txt

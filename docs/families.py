@@ -72,6 +72,10 @@ image, or its border where outputs are not for places in it (`location=...`). Fe
 the last layers have prompts in those that they read.
 
 """
+CLASSES = """
+## Classes
+
+"""
 REFUSED_MODELS = """
 ## Models that are refused
 
@@ -156,18 +160,16 @@ def build_page() -> str:
     """The page, in Markdown."""
     families = list(list_families())
     ways = list(families[0].ways)
-    titles = ["Family", "Classes, by task type", *ways, "Remarks"]
-    rows = [titles, ["---", "---", *[":-:"] * len(ways), "---"]]
+    possible = [["Family", *ways, "Remarks"], ["---", *[":-:"] * len(ways), "---"]]
+    classes = [["Family", "Task type", "Classes"], ["---"] * 3]
     for family in families:
-        classes = [
-            f"`{task}`: {', '.join(f'`{name}`' for name in sorted(names))}"
-            for task, names in sorted(family.tasks.items())
-        ]
-        marks = ["yes" if possible else "no" for possible in family.ways.values()]
-        rows.append([family.name, "<br>".join(classes), *marks, "; ".join(family.remarks)])
+        marks = ["yes" if way else "no" for way in family.ways.values()]
+        possible.append([family.name, *marks, "; ".join(family.remarks)])
+        for task, names in sorted(family.tasks.items()):
+            classes.append([family.name, f"`{task}`", ", ".join(f"`{name}`" for name in sorted(names))])
     refused = [[", ".join(f"`{name}`" for name in sorted(names)), reason] for reason, names in REFUSED.items()]
     introduction = INTRODUCTION.format(oldest=tested_version("oldest.txt"), newest=tested_version("current.txt"))
-    return introduction + to_lines(rows) + REFUSED_MODELS + to_lines(refused)
+    return introduction + to_lines(possible) + CLASSES + to_lines(classes) + REFUSED_MODELS + to_lines(refused)
 
 
 def to_lines(rows: list[list[str]]) -> str:

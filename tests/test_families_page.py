@@ -25,5 +25,6 @@ def test_the_page_has_every_way_of_a_family_that_users_declare(monkeypatch: pyte
     monkeypatch.setitem(ARCHITECTURES, "mine", [])  # put back afterwards
     heads = {"MyDetector": Head("OBJECT_DETECTION", ("head",))}
     register_architecture(Architecture("mine", heads, batch_first=False, input_dims=3, num_suffix_tokens=2))
-    row = "| mine | `OBJECT_DETECTION`: `MyDetector` | yes | yes | yes | yes | no | no | no | tokens behind the patches"
-    assert row in families.build_page()
+    page = families.build_page()
+    assert "| mine | yes | yes | yes | yes | no | no | no | tokens behind the patches" in page
+    assert "| mine | `OBJECT_DETECTION` | `MyDetector` |" in page
