@@ -27,6 +27,8 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str]] = {
     "I-JEPA": (("ijepa",), ""),
     "Pixio": (("pixio",), ""),
     "Swin": (("swin",), ""),
+    "Swin V2": (("swinv2",), "prompts have the position bias of an MLP output of zero"),
+    "Hiera": (("hiera",), ""),
     "BEiT": (("beit",), 'compiling it needs transformers 5.23 or `attn_implementation="eager"`'),
     "Data2Vec": (("data2vec-vision",), ""),
     "Sapiens2": (("sapiens2",), ""),
@@ -111,23 +113,26 @@ class Family:
     @property
     def ways(self) -> dict[str, bool]:
         """What is possible with it."""
+        flows_on = not any(architecture.key_value_only for architecture in self.architectures)
         features = [find_class(name) or object for name in self.tasks.get("FEATURE_EXTRACTION", ())]
         return {
-            "Keys and values": True,  # these four need no more than the parts that every declaration has
-            "Tokens": True,
-            "Shallow": True,
+            "Keys and values": True,  # these need no more than the parts that every declaration has
+            "Tokens": flows_on,
+            "Shallow": flows_on,
             "Prefix": True,
             "Pooling": "IMAGE_CLASSIFICATION" in self.tasks
             or any(not issubclass(cls, BackboneMixin) for cls in features),
             "Mixed biases": all(architecture.batch_first for architecture in self.architectures),
-            "Pixels": all(architecture.input_dims == 4 for architecture in self.architectures),
+            "Pixels": flows_on and all(architecture.input_dims == 4 for architecture in self.architectures),
         }
 
     @property
     def remarks(self) -> Iterator[str]:
         """What its declarations tell, and the remark."""
         parts = self.architectures[0]
-        if parts.blocks:
+        if parts.key_value_only:
+            yield parts.key_value_only
+        elif parts.blocks:
             yield "prompts are in every window"
         if parts.uses_sdpa:
             yield 'needs `attn_implementation="sdpa"`, the default'

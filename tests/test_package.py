@@ -96,6 +96,8 @@ LAYERS = [
     "vpt_peft.backbones.beit",
     "vpt_peft.backbones.upernet",
     "vpt_peft.backbones.video",
+    "vpt_peft.backbones.swinv2",
+    "vpt_peft.backbones.hiera",
     "vpt_peft.backbones.swin",
     "vpt_peft.backbones.siglip",
     "vpt_peft.backbones.clip",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .backbones import find_backbone
 from .config import PromptConfig
+from .errors import RouteError
 from .model import VPTModel
 
 NUM_TOKENS = 3
@@ -113,7 +114,10 @@ def _with_noise(model: nn.Module) -> Any:
 
 
 def _compare(model: Any, config: Mapping[str, Any], inputs: dict[str, Any], bare: Tensor) -> Comparison:
-    vpt: Any = VPTModel(model, PromptConfig(num_tokens=NUM_TOKENS, **config))
+    try:
+        vpt: Any = VPTModel(model, PromptConfig(num_tokens=NUM_TOKENS, **config))
+    except RouteError as error:
+        return Comparison(reason=str(error))
     vpt.train(False)
     adapter = vpt.adapters[vpt.active_adapter]
     for prompts in adapter.prompts.parameters():

@@ -35,6 +35,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "shallow": {"deep": False},
     "carried": {"layers_to_transform": [0, 1]},
 }
+KEY_VALUE_WAYS: dict[str, dict[str, Any]] = {
+    "key_value": {},
+    "some_layers": {"layers_to_transform": [0, 2], "carry": False},
+}
 each_kind_of_layer = each_family(lambda family: not family.same_layers)
 each_classifier = each_family(lambda family: family.classifier)
 
@@ -56,7 +60,7 @@ def total(output: Any) -> Tensor:
 def test_prompts_act_as_if_concatenated_to_the_tokens_of_each_layer(family: Family) -> None:
     images, model = some_images(), family.bare()
     bare = run(model, images, family)
-    for way, config in WAYS.items():
+    for way, config in (KEY_VALUE_WAYS if family.key_value_only else WAYS).items():
         vpt = family.prompted(**config)
         with concatenated(family, model, fresh_prompts(vpt)):
             expected = run(model, images, family)
@@ -79,7 +83,8 @@ def test_a_prefix_is_attended_to_apart_from_the_image_and_changes_nothing_untrai
     for module in reference.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config._attn_implementation = "sdpa"  # the reference needs it, and GIT does not choose it
-    with attended_apart([(pair["key"], pair["value"]) for pair in pairs.children()]):
+    prefixes = [(pair["key"].detach(), pair["value"].detach()) for pair in pairs.children()]
+    with attended_apart(family, reference, prefixes):
         expected = run(reference, images, family)
     assert difference(ours, expected) < TOLERANCE
     assert difference(ours, bare) > 0.03
@@ -90,8 +95,8 @@ def test_the_classifier_reads_what_the_pooling_says(family: Family) -> None:
     images, model = some_images(), family.bare()
     norm = model.get_submodule(family.final_norm) if family.final_norm and family.normed else nn.Identity()
     found: list[Tensor] = []
-    layer = list(model.get_submodule(family.layers))[-1]
-    for pooling in ("image", "prompt", "global"):
+    layer = family.find_layers(model)[-1]
+    for pooling in ("image",) if family.key_value_only else ("image", "prompt", "global"):
         vpt = family.prompted(pooling=pooling)
         with concatenated(family, model, fresh_prompts(vpt)) as became:
             override = layer.forward
@@ -100,7 +105,7 @@ def test_the_classifier_reads_what_the_pooling_says(family: Family) -> None:
         tokens = found[-1]
         with torch.no_grad():
             image = norm(tokens)[:, family.num_prefix_tokens :]
-            prompts = norm(became[0])
+            prompts = norm(became[0]) if became else image[:, :0]
             shown = family.arguments(images).get("pixel_attention_mask", torch.ones(image.shape[:2]))
             weights = torch.cat([shown if pooling != "prompt" else 0 * shown, torch.ones(prompts.shape[:2])], dim=1)
             weights = weights[:, : image.shape[1]] if pooling == "image" else weights
@@ -141,9 +146,10 @@ def test_a_mixed_batch_agrees_with_one_call_for_each_task(family: Family) -> Non
     vpt = family.prompted()
     labels = {"num_labels": NUM_LABELS - 2} if family.classifier else {}
     bias = "all" if family.mixes_biases else "none"
-    others: list[dict[str, Any]] = [{"deep": False, "bias": bias}, {"kind": "prefix", "bias": bias}]
+    shallow = {"deep": False, "bias": bias, **family.ends}
+    others: list[dict[str, Any]] = [shallow, {"kind": "prefix", "bias": bias}]
     if family.classifier:
-        others.append({"num_tokens": 4, "pooling": "global"})
+        others.append({"num_tokens": 4, "pooling": "image" if family.key_value_only else "global"})
     for number, config in enumerate(others):
         vpt.add_adapter(f"other{number}", PromptConfig(**{"num_tokens": 2, **config}), **labels)
         enlarge(vpt, f"other{number}", seed=number)
@@ -167,7 +173,7 @@ def test_biases_that_cannot_be_mixed_are_refused(family: Family) -> None:
 
 @each_family()
 def test_a_saved_adapter_is_loaded_bit_for_bit(family: Family, tmp_path: Path) -> None:
-    vpt = family.prompted(deep=False, bias="all")
+    vpt = family.prompted(deep=False, bias="all", **family.ends)
     expected = run(vpt, some_images(), family)
     vpt.save_pretrained(tmp_path)
     loaded = run(VPTModel.from_pretrained(family.bare(), tmp_path), some_images(), family)
@@ -221,7 +227,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family) -> None:
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        vpt = get_vpt_model(family.bare(), PromptConfig(num_tokens=3, deep=False)).train()
+        vpt = get_vpt_model(family.bare(), PromptConfig(num_tokens=3, deep=False, **family.ends)).train()
         if checkpointing:
             vpt.gradient_checkpointing_enable()
         output = vpt(**family.arguments(some_images()))
@@ -241,7 +247,7 @@ def test_a_model_compiles_to_one_graph(family: Family) -> None:
 
 @each_family()
 def test_a_model_in_bfloat16_agrees_up_to_its_precision(family: Family) -> None:
-    config = {"layers_to_transform": [0, 1]}  # both routes
+    config = {"layers_to_transform": [0, 1], **family.ends}  # both routes
     expected = run(family.prompted(**config), some_images(), family)
     vpt = enlarge(get_vpt_model(family.bare().to(torch.bfloat16), PromptConfig(num_tokens=3, **config)).eval())
     ours = run(vpt, some_images().to(torch.bfloat16), family)
@@ -284,21 +290,23 @@ def test_models_of_the_published_size_are_supported(family: Family) -> None:
     assert not family.takes_pixels or min(backbone.image_size) > 1
 
 
-@each_family(lambda family: family.takes_pixels)
+@each_family(lambda family: family.takes_pixels and not family.key_value_only)
 def test_prompts_are_added_to_each_token(family: Family) -> None:
     images, model = some_images(), family.bare()
     vpt = enlarge(get_vpt_model(family.bare(), PromptConfig(num_tokens=1, location="add")).eval())
-    layers = list(model.get_submodule(family.layers))
+    layers = family.find_layers(model)
     for index, prompts in fresh_prompts(vpt).items():
         layers[index].register_forward_pre_hook(lambda _, args, prompts=prompts: (args[0] + prompts, *args[1:]))
     assert difference(run(vpt, images, family), run(model, images, family)) < TOLERANCE
 
 
-@each_family(lambda family: family.takes_pixels)
+@each_family(lambda family: family.takes_pixels and not family.key_value_only)
 @pytest.mark.parametrize("location", ["pixel", "channel"])
 def test_prompts_in_the_image_go_through_the_patch_embedding(family: Family, location: str) -> None:
     images, model = some_images(), family.bare()
-    vpt = get_vpt_model(family.bare(), PromptConfig(num_tokens=2, location=location, deep=location == "pixel")).eval()
+    layers = family.first_layers if location == "pixel" else None
+    config = PromptConfig(num_tokens=2, location=location, deep=location == "pixel", layers_to_transform=layers)
+    vpt = get_vpt_model(family.bare(), config).eval()
     adapter: Any = vpt.adapters["default"]
     (projection,) = (one for one in model.modules() if isinstance(one, nn.Conv2d) and one.in_channels == 3)
     if location == "pixel":

@@ -33,7 +33,8 @@ class Family:
         model_class, config_class: names in ``transformers``, or full names with their module.
         config: arguments of the config of a tiny model.
         num_prefix_tokens: number of tokens before the patches.
-        layers: path of the list of layers.
+        layers: path of the list of layers, or of stages.
+        blocks: where layers are in stages: path of the list of layers in a stage.
         final_norm: path of the norm behind them; None: there is none.
         classifier: path of the classifier; None: the class has none.
         joins_class_token: the classifier reads ``[CLS]`` joined with the mean of the patches.
@@ -49,6 +50,11 @@ class Family:
         published: arguments of the config of a model of published size.
         same_layers: another entry has the same layers, so that it is not compiled.
         feed: ``feed(images)`` makes the arguments of the forward call, where they are not images and ``inputs``.
+        reference: where layers take no further tokens: ``reference(model, prompts, prefixes)``, a context in which the
+            layers of a bare model are computed by hand, with prompts by layer or a prefix for each layer. It yields
+            what :func:`concatenated` yields.
+        key_value_only: a layer has no outputs for prompts.
+        first_layers: layers of the width of the patch embedding; None: all of them.
         outputs: names of the outputs that belong to an image each; empty: all of them.
         needs_no_labels: transformers can make a classifier with ``num_labels=0``.
         takes_pixels: the model takes images and embeds their patches itself.
@@ -63,6 +69,7 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=lambda: SIZES, hash=False)
     num_prefix_tokens: int = 1
     layers: str = "layers"
+    blocks: str | None = None
     final_norm: str | None = "layernorm"
     classifier: str | None = None
     joins_class_token: bool = False
@@ -77,6 +84,9 @@ class Family:
     published: Mapping[str, Any] = field(default_factory=dict, hash=False)
     same_layers: bool = False
     feed: Callable[[Tensor], dict[str, Any]] | None = None
+    reference: Callable[..., AbstractContextManager[list[Tensor]]] | None = None
+    key_value_only: bool = False
+    first_layers: tuple[int, ...] | None = None
     outputs: tuple[str, ...] = ()
     needs_no_labels: bool = True
     takes_pixels: bool = True
@@ -107,6 +117,18 @@ class Family:
         """A model of published size, without weights."""
         with torch.device("meta"):
             return (self.build or find_class(self.model_class))(find_class(self.config_class)(**self.published))
+
+    def find_layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of a model, in order."""
+        stages = model.get_submodule(self.layers).children()
+        if self.blocks is None:
+            return list(stages)
+        return [layer for stage in stages for layer in stage.get_submodule(self.blocks).children()]
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """What a config needs whose prompts would flow on into layers without their own, if they cannot."""
+        return {"carry": False} if self.key_value_only else {}
 
     @property
     def training_inputs(self) -> dict[str, Any]:
@@ -173,7 +195,11 @@ def concatenated(family: Family, model: Any, prompts: Mapping[int, Tensor]) -> I
     Yields:
         After the forward pass, what the prompts of the last layer have become, ``(num_images, num_prompts, width)``.
     """
-    layers = list(model.get_submodule(family.layers))
+    if family.reference is not None:
+        with family.reference(model, prompts, ()) as became:
+            yield became
+        return
+    layers = family.find_layers(model)
     prefix = family.num_prefix_tokens
     carried: list[Tensor] = []
 
@@ -209,9 +235,13 @@ def concatenated(family: Family, model: Any, prompts: Mapping[int, Tensor]) -> I
 
 
 @contextmanager
-def attended_apart(prefixes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def attended_apart(family: Family, model: Any, prefixes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """A context in which the attention of each layer of a bare model adds the attention to a prefix, keys and values
     ``(num_prompts, num_heads · head_dim)``. It uses nothing of vpt_peft."""
+    if family.reference is not None:
+        with family.reference(model, {}, prefixes):
+            yield
+        return
     plain, remaining = nn.functional.scaled_dot_product_attention, iter(prefixes)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -407,9 +437,10 @@ def all_families() -> dict[str, Family]:
     """All families by name."""
     from .clip_families import CLIP_FAMILIES  # here, since they use this module
     from .dense_families import DENSE_FAMILIES
+    from .stage_families import STAGE_FAMILIES
     from .video_families import VIDEO_FAMILIES
 
-    return {**FAMILIES, **CLIP_FAMILIES, **DENSE_FAMILIES, **VIDEO_FAMILIES}
+    return {**FAMILIES, **CLIP_FAMILIES, **STAGE_FAMILIES, **DENSE_FAMILIES, **VIDEO_FAMILIES}
 
 
 def each_family(select: Callable[[Family], Any] = lambda family: True) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..config import ADDED_POOLINGS, CLASSIFICATION_TASKS, IN_IMAGE, PromptConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, RouteError
 from .dequantize import dequantize
 from .labels import get_labels, make_labels
 from .locations import embed_patches, normalize_pixels, patch_embedding, prompt_shapes, required_size
@@ -25,7 +25,7 @@ from .modules import (
     find_biases,
     find_modules_to_save,
 )
-from .plan import plan_layers
+from .plan import LayerPlan, plan_layers
 from .prefix import PARTS, Prefix
 from .prompts import Prompts, make_projection
 
@@ -78,6 +78,7 @@ class Adapter(nn.Module):
         self.widths = backbone.widths
         _check_pooling(config, backbone)
         self.plan = plan_layers(config, len(backbone.layers), config.pooling in ("prompt", "global"))
+        _check_outputs(config, backbone, self.plan)
         is_prefix = config.kind == "prefix"
         fresh = [layer for layer, plan in enumerate(self.plan) if plan and plan.fresh]
         widths = {layer: backbone.layers[layer].key_width if is_prefix else self.widths[layer] for layer in fresh}
@@ -275,6 +276,19 @@ def _check_pooling(config: PromptConfig, backbone: Backbone) -> None:
         raise ConfigError(
             f'pooling="{config.pooling}" needs an image classifier or a video classifier, got '
             f'{type(backbone.model).__name__}. Use pooling="default".'
+        )
+
+
+def _check_outputs(config: PromptConfig, backbone: Backbone, plan: Sequence[LayerPlan | None]) -> None:
+    """Raises RouteError if prompts would be more than keys and values in a family where they cannot be."""
+    reason = backbone.architecture.key_value_only
+    tokens = [index for index, layer in enumerate(plan) if layer is not None and layer.route == "tokens"]
+    if reason and config.num_tokens > 0 and (tokens or config.location != "prepend"):
+        got = f"prompts that are tokens in layers {tokens}" if tokens else f'location="{config.location}"'
+        raise RouteError(
+            f"Prompts are keys and values only on a {type(backbone.model).__name__}, since {reason}; got {got}. Use "
+            'deep=True with all layers, or carry=False, and route="auto", location="prepend" and a pooling that reads '
+            "no prompts."
         )
 
 

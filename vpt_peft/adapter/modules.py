@@ -155,7 +155,7 @@ def _check_copyable(path: str, module: nn.Module, backbone: Backbone) -> None:
         raise ConfigError(f"modules_to_save must name modules that are called, got the list '{path}'. Name its parts.")
     inside = {id(part) for part in module.modules()}
     hooked = [backbone.encoder, *backbone.mergings.values()]
-    hooked += [part for layer in backbone.layers for part in (layer.module, layer.part("attention"))]
+    hooked += [part for layer in backbone.layers for part in (layer.module, layer.part("caller"))]
     if any(id(part) in inside for part in hooked):
         raise ConfigError(
             f"modules_to_save must not name modules that contain an attention or a layer, got '{path}'. "

@@ -62,7 +62,7 @@ def draw_keys(keys: Tensor, config: PromptConfig, layer: Layer, patch_size: int)
 
 def make_keys(layer: Layer, tokens: Tensor) -> Tensor:
     """The keys that a layer makes of tokens ``(num_tokens, width)``: ``(num_tokens, num_heads · head_dim)``."""
-    normalized = layer.part("norm")(layer.to_layer(tokens))
+    normalized = layer.attention_input(layer.to_layer(tokens))
     projection = layer.part("k_proj")
     if projection is not None and is_quantized(projection):  # some are packed, for good, when they are called
         dense: Any = dequantize(clone(projection), "k_proj")

@@ -63,16 +63,22 @@ class Architecture:
         model_type: ``model_type`` of the family's config class.
         heads: ``{model class name: Head}`` of the supported classes.
         layers: the list of layers, or of stages if ``blocks`` is given, relative to the encoder.
-        final_norm: the norm after the last layer, relative to the encoder; the attribute may be None.
+        final_norm: the norm after the last layer, relative to the encoder; None, there or in a model: there is none.
         norm: the norm before the attention, relative to a layer, as the following are.
+        post_norm: ``norm`` and ``mlp_norm`` are applied to the outputs of attention and MLP, and ``norm`` of a patch
+            merging to that of its ``reduction`` (Swin V2); False: to the inputs.
         attention: the attention module; the next fields are relative to it.
         q_proj, k_proj, v_proj, o_proj: linear layers of queries, keys, values and output.
         qkv: one linear layer for queries, keys and values, in place of the three; ``q_bias`` and ``v_bias`` are its
             separate biases, which may be None.
         q_norm, k_norm: norms of queries and keys, by head or over all heads; the modules may be None.
+        logit_scale: of cosine attention, in which queries and keys have unit length in each head: the parameter
+            ``(num_heads, 1, 1)``, logarithm of the factor of their products.
         caller: the module that calls the attention function, if it is inside of ``attention``.
         uses_sdpa: that module calls ``F.scaled_dot_product_attention`` itself, and not the function that transformers
             has for an attention implementation.
+        attention_forward: where that module computes attention step by step: its forward, which takes the module, a
+            function in place of those steps (:func:`vpt_peft.injection.attention.attend`), and the module's arguments.
         mlp_norm, mlp: the second half of a layer; ``mlp`` may be several modules, called one after the other.
         attention_scale, mlp_scale: LayerScale of the two residual branches, a parameter or a module.
         unused: parameters and modules of a layer that have no effect on prompts, such as position biases.
@@ -87,11 +93,13 @@ class Architecture:
         video_shape: ``(num_frames, num_channels, height, width)`` of the videos that it was made for, as a function of
             the encoder.
         token_mask: argument of the model's forward that masks padded tokens, ``(num_images, num_tokens)``.
-        blocks: for window attention (Swin): the list of layers, relative to a stage.
+        blocks: where layers are in stages (Swin): the list of layers, relative to a stage.
         merging: the patch merging after the last layer of a stage, relative to the stage, with submodules ``norm`` and
             ``reduction``; None in the last stage.
         eager_masks: the family's eager attention takes masks; False: with it, adapters that have different numbers of
             prompts cannot be mixed in a batch.
+        key_value_only: why a layer has no outputs for prompts, as a clause; prompts act as keys and values only. None:
+            it has them.
         batch_first: all linear layers are applied to images along the first dimension; False: adapters with different
             biases cannot be mixed in a batch.
         overwrites_settings: the forward of a layer overwrites attributes of the layer depending on its input.
@@ -104,8 +112,9 @@ class Architecture:
     model_type: str
     heads: dict[str, Head] = field(hash=False)
     layers: str = "layers"
-    final_norm: str = "layernorm"
+    final_norm: str | None = "layernorm"
     norm: str = "layernorm_before"
+    post_norm: bool = False
     attention: str = "attention"
     q_proj: str = "q_proj"
     k_proj: str = "k_proj"
@@ -116,8 +125,10 @@ class Architecture:
     v_bias: str | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    logit_scale: str | None = None
     caller: str | None = None
     uses_sdpa: bool = False
+    attention_forward: Callable[..., Any] | None = None
     mlp_norm: str = "layernorm_after"
     mlp: str | tuple[str, ...] = "mlp"
     attention_scale: str | None = None
@@ -136,6 +147,7 @@ class Architecture:
     blocks: str | None = None
     merging: str | None = None
     eager_masks: bool = True
+    key_value_only: str | None = None
     batch_first: bool = True
     overwrites_settings: bool = False
     backbone: str | None = None

@@ -17,7 +17,9 @@ from .architecture import ARCHITECTURES, Architecture, Head
 from .unsupported import explain
 
 MAX_LISTED = 5
-IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv", "o_proj", "q_bias", "v_bias", "q_norm", "k_norm", "caller")
+IN_ATTENTION = (
+    "q_proj", "k_proj", "v_proj", "qkv", "o_proj", "q_bias", "v_bias", "q_norm", "k_norm", "logit_scale", "caller",
+)  # fmt: skip
 OPTIONAL = ("attention_scale", "mlp_scale", "q_bias", "v_bias", "q_norm", "k_norm")  # their attributes may be None
 
 
@@ -28,11 +30,13 @@ class Layer:
         index: number of the layer, from 0.
         module: the layer.
         architecture: its declaration.
+        stage: the stage that it is part of; where there are none, the layer itself.
     """
 
-    def __init__(self, index: int, module: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, index: int, module: nn.Module, architecture: Architecture, stage: nn.Module) -> None:
         self.index = index
         self.module = module
+        self.stage = stage
         self.architecture = architecture
         declared = {name: getattr(architecture, name) for name in ("norm", "attention", "mlp_norm", *OPTIONAL[:2])}
         skipped = ("q_proj", "k_proj", "v_proj") if architecture.qkv else ("qkv",)
@@ -58,8 +62,13 @@ class Layer:
 
     @property
     def width(self) -> int:
-        """Width of its tokens."""
+        """Width of the tokens that enter it, and of its prompts."""
         return int(self.part("norm").weight.shape[0])
+
+    @property
+    def output_width(self) -> int:
+        """Width of the tokens that leave it."""
+        return int(self.part("mlp_norm").weight.shape[0])
 
     @property
     def key_width(self) -> int:
@@ -71,6 +80,8 @@ class Layer:
     @property
     def head_dim(self) -> int:
         """Width of one head; only where keys have a norm, else any divisor of :attr:`key_width` serves as well."""
+        if "logit_scale" in self.paths:
+            return self.key_width // len(self.part("logit_scale"))
         weight = getattr(self.part("k_norm"), "weight", None)
         return self.key_width if weight is None else int(weight.shape[-1])
 
@@ -79,11 +90,15 @@ class Layer:
         weight = self.part("norm").weight
         return tokens.to(weight.device, weight.dtype)
 
+    def attention_input(self, tokens: Tensor) -> Tensor:
+        """What the attention takes: tokens ``(..., width)`` behind the norm, unless that is behind the attention."""
+        return tokens if self.architecture.post_norm else cast(Tensor, self.part("norm")(tokens))
+
     def project(self, names: Sequence[str], tokens: Tensor) -> list[Tensor]:
-        """Queries ``"q"``, keys ``"k"`` or values ``"v"`` of tokens behind the norm, in front of their own norms.
+        """Queries ``"q"``, keys ``"k"`` or values ``"v"``, in front of their own norms.
 
         Args:
-            tokens: ``(..., width)``.
+            tokens: ``(..., width)``, see :meth:`attention_input`.
 
         Returns:
             ``(..., num_heads · head_dim)`` for each name.
@@ -102,11 +117,13 @@ class Layer:
         return [self.part("attention")] if "qkv" in self.paths else [self.part(f"{name}_proj") for name in names]
 
     def normalize(self, name: str, heads: Tensor) -> Tensor:
-        """Queries ``"q"`` or keys ``"k"`` behind their norm, where the family has one.
+        """Queries ``"q"`` or keys ``"k"`` behind their norm, where the family has one; values ``"v"`` have none.
 
         Args:
             heads: ``(..., num_heads, num_tokens, head_dim)``.
         """
+        if "logit_scale" in self.paths and name != "v":
+            return nn.functional.normalize(heads, dim=-1)
         norm = self.part(f"{name}_norm")
         weight = getattr(norm, "weight", None)
         if norm is None or weight is None:
@@ -123,11 +140,16 @@ class Layer:
             tokens: input of the layer, ``(..., width)``.
             attention_output: output of the attention's ``o_proj``, ``(..., width)``.
         """
+        if self.architecture.post_norm:
+            tokens = tokens + self.part("norm")(attention_output)
+            return cast(Tensor, tokens + self.part("mlp_norm")(self._run_mlp(tokens)))
         tokens = tokens + self._scale("attention_scale", attention_output)
-        branch = self.part("mlp_norm")(tokens)
+        return tokens + self._scale("mlp_scale", self._run_mlp(self.part("mlp_norm")(tokens)))
+
+    def _run_mlp(self, tokens: Tensor) -> Tensor:
         for name in self._mlp:
-            branch = self.part(name)(branch)
-        return tokens + self._scale("mlp_scale", branch)
+            tokens = self.part(name)(tokens)
+        return tokens
 
     def _scale(self, name: str, tokens: Tensor) -> Tensor:
         scale = self.part(name)
@@ -178,8 +200,9 @@ class Backbone:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm after the last layer; the identity where the model has none."""
-        norm = attrgetter(self.architecture.final_norm)(self.encoder)
+        """The norm after the last layer; an identity where there is none."""
+        path = self.architecture.final_norm
+        norm = None if path is None else attrgetter(path)(self.encoder)
         return nn.Identity() if norm is None else cast(nn.Module, norm)
 
     @property
@@ -288,7 +311,7 @@ class Backbone:
     @property
     def num_features(self) -> int:
         """Input width of a linear head."""
-        return self.widths[-1] * (2 if self.head.joins_class_token else 1)
+        return self.layers[-1].output_width * (2 if self.head.joins_class_token else 1)
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -356,9 +379,10 @@ def _check_parts(backbone: Backbone) -> None:
         for name, path in layer.paths.items():
             if layer.part(name) is None and name not in OPTIONAL:
                 raise AttributeError(f"'{path}' of {type(layer.module).__name__} is None")
-        if not backbone.architecture.uses_sdpa:
-            _ = layer.part("caller").config  # names the attention implementation
-        elif getattr(getattr(layer.part("caller"), "config", None), "_attn_implementation", "sdpa") != "sdpa":
+        uses_sdpa, caller = backbone.architecture.uses_sdpa, layer.part("caller")
+        if not uses_sdpa and backbone.architecture.attention_forward is None:
+            _ = caller.config  # names the attention implementation
+        if uses_sdpa and getattr(getattr(caller, "config", None), "_attn_implementation", "sdpa") != "sdpa":
             raise UnsupportedModelError(
                 f"Prompts reach the attention of a {type(backbone.model).__name__} where it calls "
                 "F.scaled_dot_product_attention, got a model with another implementation. Load it with "
@@ -419,12 +443,13 @@ def _find_layers(
     encoder: nn.Module, architecture: Architecture, number: int | None
 ) -> tuple[tuple[Layer, ...], dict[int, nn.Module]]:
     """The first ``number`` layers, all of them for None, and the patch mergings between them."""
-    modules: list[nn.Module] = []
+    modules: list[tuple[nn.Module, nn.Module]] = []
     mergings: dict[int, nn.Module] = {}
     for stage in encoder.get_submodule(architecture.layers).children():
-        modules += stage.get_submodule(architecture.blocks).children() if architecture.blocks else [stage]
+        inside = stage.get_submodule(architecture.blocks).children() if architecture.blocks else [stage]
+        modules += [(module, stage) for module in inside]
         merging = getattr(stage, architecture.merging, None) if architecture.merging else None
         if merging is not None:
             mergings[len(modules) - 1] = merging
-    layers = tuple(Layer(index, module, architecture) for index, module in enumerate(modules[:number]))
+    layers = tuple(Layer(index, module, architecture, stage) for index, (module, stage) in enumerate(modules[:number]))
     return layers, {index: merging for index, merging in mergings.items() if index < len(layers) - 1}

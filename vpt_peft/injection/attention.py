@@ -28,7 +28,8 @@ Zhang et al., LLaMA-Adapter, 2023; cross-attention to prompts, Huang et al., CVP
 The prompts are kept beside the image tokens, not among them, so that the shapes of hidden states stay the backbone's.
 The attention module looks up its implementation by name in ``module.config``; :class:`AttentionOverride` puts
 :func:`prompt_attention` in its place, which appends the prompts and calls the implementation that the user has set.
-Where a module calls ``F.scaled_dot_product_attention`` itself, :class:`SdpaOverride` catches that call.
+Where a module calls ``F.scaled_dot_product_attention`` itself, :class:`SdpaOverride` catches that call; where it
+computes attention step by step (Swin V2, Hiera), :class:`StepwiseOverride` runs the forward that is declared for it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..backbones import Backbone, Layer
-from ..errors import RouteError
+from ..errors import RouteError, UnsupportedModelError
 from .context import LayerContext, activate_alone, current_layer
 from .masks import pad_mask
 from .overrides import AttributeProxy, ForwardOverride
@@ -108,6 +109,42 @@ class SdpaOverride(ForwardOverride):
             return self.forward(*args, **kwargs)
 
 
+class StepwiseOverride(ForwardOverride):
+    """Runs the declared forward of an attention module that computes attention step by step, with :func:`attend`.
+
+    Where the layer has no prompts, the module's own code runs.
+
+    Raises:
+        UnsupportedModelError: that code is not the family's, so that its declared forward would differ.
+    """
+
+    def __init__(self, backbone: Backbone, layer: Layer, forward: Callable[..., Any]) -> None:
+        super().__init__(backbone, layer.part("caller"))
+        self.declared_forward = forward
+        code = type(self.module).forward
+        if not hasattr(self.module, "_hf_hook"):  # accelerate's override only moves tensors
+            code = vars(self.module).get("forward", code)
+        if getattr(code, "__module__", None) != type(layer.module).__module__:
+            raise UnsupportedModelError(
+                f"Prompts reach the attention of layer {layer.index} through a version of its code, that of "
+                f"{type(layer.module).__module__}, got a {type(self.module).__name__} with other code, {code}. Remove "
+                "that, or declare your model with vpt_peft.register_architecture (attention_forward)."
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = current_layer()
+        if context is None or not context.forward.has_prompts(context.layer.index):
+            return self.forward(*args, **kwargs)
+        return self.declared_forward(self.module, attend, *args, **kwargs)
+
+
+def override_attention(backbone: Backbone, layer: Layer) -> AttentionOverride | SdpaOverride | StepwiseOverride:
+    """The override that lets the attention of a layer see prompts."""
+    if layer.architecture.attention_forward is not None:
+        return StepwiseOverride(backbone, layer, layer.architecture.attention_forward)
+    return SdpaOverride(backbone, layer) if layer.architecture.uses_sdpa else AttentionOverride(layer)
+
+
 class PromptSdpa(TorchFunctionMode):
     """While it is open, ``F.scaled_dot_product_attention`` attends to prompts too."""
 
@@ -135,7 +172,7 @@ def prompt_attention(
 
 
 def attend(
-    function: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None
+    function: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of image tokens to image tokens and prompts.
 
@@ -143,7 +180,7 @@ def attend(
         function: attention without prompts: ``function(query, key, value, mask)``, with the same result.
         query, key, value: of the image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
         mask: as the function takes it.
-        scaling: factor of the products of queries and keys; None: ``head_dim ** -0.5``.
+        scaling: factor of the products of queries and keys, or ``(num_heads, 1, 1)``; None: ``head_dim ** -0.5``.
 
     Returns:
         The output ``(num_images · num_windows, num_tokens, num_heads, head_dim)``, and the attention weights of the
@@ -186,7 +223,7 @@ def attend_to_tokens(
         heads = layer.normalize(name, batch.split_heads(projected[name], image))
         return batch.append(image, heads, num_images)
 
-    mask = pad_mask(mask, query, batch.num_tokens, needs_output, batch.valid_mask)
+    mask = pad_mask(mask, key, batch.num_tokens, needs_output, batch.valid_mask)
     key, value = append("k", key), append("v", value)
     if not needs_output:
         return function(query, key, value, mask)
@@ -209,10 +246,9 @@ def project_prompts(
         One tensor ``(1 or num_images, total, num_heads · head_dim)`` for each name.
     """
     layer = context.layer
-    norm = layer.part("norm")
 
     def compute(tokens: Tensor) -> list[Tensor]:
-        return layer.project(names, norm(tokens))
+        return layer.project(names, layer.attention_input(tokens))
 
     if context.forward.mixes_biases:
         parts = []
@@ -223,7 +259,7 @@ def project_prompts(
     cache = prompts[0].batch.cache
     if cache is None or not prompts[0].fresh:
         return compute(batch.tokens)
-    modules = (norm, *layer.projecting_modules(names))
+    modules = (layer.part("norm"), *layer.projecting_modules(names))
     return cache.get(layer.index, batch.tokens, modules, partial(compute, batch.tokens))
 
 
@@ -242,14 +278,14 @@ def finish_prompts(context: LayerContext, prompts: Sequence[LayerPrompts], atten
 
 
 def attend_to_prefixes(
-    output: Tensor, query: Tensor, prefixes: Sequence[LayerPrompts], num_images: int, scaling: float | None
+    output: Tensor, query: Tensor, prefixes: Sequence[LayerPrompts], num_images: int, scaling: float | Tensor | None
 ) -> Tensor:
     """Adds the attention to prefixes to the attention to the image.
 
     Args:
         output: of the attention to the image, ``(num_images · num_windows, num_tokens, num_heads, head_dim)``.
         query: ``(num_images · num_windows, num_heads, num_tokens, head_dim)``, as the attention to the image uses it.
-        scaling: factor of the products of queries and keys; None: ``head_dim ** -0.5``.
+        scaling: see :func:`attend`.
     """
     batch = batch_prompts(prefixes, num_images)
     key, value = (batch.split_heads(part, query) for part in batch.tokens.chunk(2, dim=-1))

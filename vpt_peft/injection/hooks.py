@@ -29,7 +29,7 @@ class LayerHook(ForwardOverride):
         if forward is None:
             return self._layer_forward(*args, **kwargs)
         run: Callable[..., Any] = partial(self._run, forward, **kwargs)
-        if forward.training and getattr(self.module, "gradient_checkpointing", False):
+        if forward.training and getattr(self._checkpointed, "gradient_checkpointing", False):
             run = partial(self._checkpoint, run)
         output, prompts_out = run(tuple(batch.prompts for batch in forward.batches), *args)
         for batch, prompts in zip(forward.batches, prompts_out, strict=True):
@@ -64,9 +64,14 @@ class LayerHook(ForwardOverride):
         return partial(type(layer).forward, layer)
 
     @property
+    def _checkpointed(self) -> nn.Module:
+        """The module that has the settings of gradient checkpointing: the layer, or its stage."""
+        return self.module if hasattr(self.module, "gradient_checkpointing") else self.layer.stage
+
+    @property
     def _checkpoint(self) -> Callable[..., Any]:
         """The layer's checkpointing function, which transformers skips in eval mode, that is for a frozen backbone."""
-        function: Callable[..., Any] = self.module._gradient_checkpointing_func
+        function: Callable[..., Any] = self._checkpointed._gradient_checkpointing_func  # type: ignore[assignment]
         if getattr(function, "keywords", {}).get("use_reentrant", False):
             raise RouteError(
                 "Gradient checkpointing must be non-reentrant, got use_reentrant=True, which loses the prompts' "
@@ -97,10 +102,13 @@ class PatchMergingHook:
         forward = current_forward(self.backbone)
         if forward is None:
             return
+        first, second = module.norm, module.reduction
+        if self.backbone.architecture.post_norm:
+            first, second = second, first
         for batch in forward.batches:
             if batch.prompts is not None:
                 with activate_alone(forward, batch):
-                    batch.prompts = module.reduction(module.norm(batch.prompts.repeat(1, 1, 4)))
+                    batch.prompts = second(first(batch.prompts.repeat(1, 1, 4)))
 
     def __reduce__(self) -> Any:
         return identity, (_no_hook,)

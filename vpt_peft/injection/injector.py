@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backbones import Backbone
 from ..errors import RouteError, UnsupportedModelError
-from .attention import AttentionOverride, SdpaOverride
+from .attention import override_attention
 from .hooks import LayerHook, PatchMergingHook
 from .overrides import EntryOverride, ForwardOverride, HeadOverride, ModuleOverride
 
@@ -99,8 +99,7 @@ class Injector:
                 self._inject(EntryOverride(backbone, entry), paths[entry])
             for layer in backbone.layers:
                 self._inject(LayerHook(backbone, layer), paths[layer.module])
-                attention = SdpaOverride(backbone, layer) if layer.architecture.uses_sdpa else AttentionOverride(layer)
-                self._inject(attention, paths[layer.part("caller")])
+                self._inject(override_attention(backbone, layer), paths[layer.part("caller")])
             for merging in backbone.mergings.values():
                 self._inject(PatchMergingHook(backbone, merging), paths[merging])
             for path in backbone.head.paths:

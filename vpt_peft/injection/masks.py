@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from ..errors import RouteError
 
 
-def pad_mask(mask: Any, query: Tensor, num_prompts: int, pad_queries: bool, valid_mask: Tensor | None = None) -> Any:
+def pad_mask(mask: Any, key: Tensor, num_prompts: int, pad_queries: bool, valid_mask: Tensor | None = None) -> Any:
     """Pads the attention mask of an image for prompts as further keys and, with ``pad_queries``, as further queries.
 
     Prompts have no position, so no bias, and are never masked. As queries they attend to every key that any image
@@ -20,7 +20,7 @@ def pad_mask(mask: Any, query: Tensor, num_prompts: int, pad_queries: bool, vali
     Args:
         mask: None; a tensor ``(..., num_queries, num_keys)``, boolean, True where visible, or additive; or a
             ``BlockMask`` of flex attention.
-        query: queries of image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
+        key: keys of image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
         num_prompts: number of prompts of each image, with padding, p.
         valid_mask: ``(num_images, p)``, False for padding; None: there is none.
     """
@@ -36,17 +36,17 @@ def pad_mask(mask: Any, query: Tensor, num_prompts: int, pad_queries: bool, vali
         if pad_queries:
             mask = torch.cat([mask, _visible_to_any(mask).expand(*mask.shape[:-2], num_prompts, -1)], dim=-2)
         mask = nn.functional.pad(mask, (0, num_prompts), value=1.0 if mask.dtype == torch.bool else 0.0)
-    return mask if valid_mask is None else _mask_padding(mask, query, valid_mask)
+    return mask if valid_mask is None else _mask_padding(mask, key, valid_mask)
 
 
-def _mask_padding(mask: Tensor | None, query: Tensor, valid_mask: Tensor) -> Tensor:
+def _mask_padding(mask: Tensor | None, key: Tensor, valid_mask: Tensor) -> Tensor:
     """Hides the padding among the last keys from all queries."""
-    num_windows = query.shape[0] // valid_mask.shape[0]
+    num_windows = key.shape[0] // valid_mask.shape[0]
     valid = valid_mask.repeat_interleave(num_windows, dim=0)[:, None, None, :]
     if mask is not None and mask.dtype == torch.bool:
         return mask & nn.functional.pad(valid, (mask.shape[-1] - valid.shape[-1], 0), value=True)
-    bias = query.new_zeros(valid.shape).masked_fill(~valid, torch.finfo(query.dtype).min)
-    bias = nn.functional.pad(bias, (query.shape[2], 0))
+    bias = key.new_zeros(valid.shape).masked_fill(~valid, torch.finfo(key.dtype).min)
+    bias = nn.functional.pad(bias, (key.shape[2], 0))
     return bias if mask is None else mask + bias
 
 
