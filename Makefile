@@ -1,6 +1,7 @@
 # make quickstart    create .venv and run the quickstart example
 # make test          lint, type check and tests
 # make test-oldest   tests with the oldest supported torch, transformers, huggingface_hub and safetensors
+# make test-timm     tests with timm, in .venv-timm: its torchvision may need another torch than the one of .venv
 # make package       build the wheel and test it in a clean environment
 # make docs          build the documentation, in build/site
 # make clean         remove environments, builds and caches
@@ -13,13 +14,14 @@ WORKERS ?= 2
 
 VENV := .venv
 OLDEST := .venv-oldest
+TIMM := .venv-timm
 CLEAN := .venv-package
 DOCS := .venv-docs
 
 # One thread per worker: more are no faster for tiny models, and workers would compete for cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup quickstart test lint format types tests test-oldest package docs clean
+.PHONY: help setup quickstart test lint format types tests test-oldest test-timm package docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -48,6 +50,9 @@ tests: setup
 test-oldest: $(OLDEST)/.installed
 	$(PYTEST) $(OLDEST)/bin/python -m pytest -n $(WORKERS)
 
+test-timm: $(TIMM)/.installed
+	$(PYTEST) $(TIMM)/bin/python -m pytest -n $(WORKERS) -k timm tests/backbones/test_families.py tests/backbones/test_timm.py
+
 package: setup
 	rm -rf build dist $(CLEAN)
 	$(VENV)/bin/python -m build --quiet --outdir dist .
@@ -59,7 +64,7 @@ docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CLEAN) $(DOCS) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(TIMM) $(CLEAN) $(DOCS) build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -77,4 +82,9 @@ $(DOCS)/.installed: docs/requirements.txt
 $(OLDEST)/.installed: setup.cfg pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -c constraints/oldest.txt -e '.[test]'
+	touch $@
+
+$(TIMM)/.installed: setup.cfg pyproject.toml constraints/current.txt
+	$(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/python -m pip install -c constraints/current.txt -e '.[timm]' pytest pytest-xdist
 	touch $@

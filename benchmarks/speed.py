@@ -30,7 +30,15 @@ import torch
 import transformers
 from lora import LORA
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from vpt_peft import PromptConfig, get_vpt_model
 
@@ -40,6 +48,10 @@ TINY_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
 BACKBONES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "vit-b16": (ViTForImageClassification, ViTConfig(num_labels=LABELS)),
     "swin-t": (SwinForImageClassification, SwinConfig(num_labels=LABELS)),
+    "timm-vit-b16": (  # "linear head" is the way through timm's attention, without prompts
+        TimmWrapperForImageClassification,
+        TimmWrapperConfig(architecture="vit_base_patch16_224", num_labels=LABELS),
+    ),
     "tiny-vit": (ViTForImageClassification, ViTConfig(**TINY, **TINY_VIT, patch_size=8)),
     "tiny-swin": (
         SwinForImageClassification,
@@ -161,7 +173,7 @@ def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
 
 def measure(variants: Sequence[Variant], work: str, args: argparse.Namespace) -> None:
     """Measures time and, on a GPU, peak memory of the variants, interleaved."""
-    size, on_gpu = variants[0].model.config.image_size, args.device == "cuda"
+    size, on_gpu = getattr(variants[0].model.config, "image_size", 224), args.device == "cuda"
     pixel_values = torch.randn(args.batch, 3, size, size, device=args.device, dtype=DTYPES[args.dtype])
     labels = torch.randint(LABELS, (args.batch,), device=args.device)
     measured = [variant for variant in variants if variant.supports(work)]

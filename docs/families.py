@@ -46,6 +46,7 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str]] = {
     "BLIP-2": (("blip_2_vision_model",), ""),
     "InternVL": (("internvl_vision",), ""),
     "MLCD": (("mlcd_vision_model",), ""),
+    "timm": (("timm_wrapper",), "`pip install timm`; no plain `timm.create_model(...)`"),
     "YOLOS": (("yolos",), "a mixed batch needs adapters with the same number of labels"),
     "DPT": (
         ("dpt",),
@@ -134,7 +135,10 @@ class Family:
             yield parts.key_value_only
         elif parts.blocks:
             yield "prompts are in every window"
-        if parts.uses_sdpa:
+        wrapped = dict.fromkeys(f"`{one.wrapped[1]}`" for one in self.architectures if one.wrapped)
+        if wrapped:
+            yield f"with {' or '.join(sorted(wrapped))} inside"
+        elif parts.uses_sdpa:
             yield 'needs `attn_implementation="sdpa"`, the default'
         if parts.backbones:
             yield f"{'also ' if parts.refuse else ''}with {' or '.join(f'`{name}`' for name in parts.backbones)} inside"

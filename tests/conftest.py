@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hub_server import HubServer
+from helpers.torchvision_operators import declare_missing_operators
 from PIL import Image
 
 HUB = HubServer()
 HUB.take_process()  # before the client is imported, which reads its address then; no test reaches the network
+declare_missing_operators()  # before transformers is imported, which imports torchvision where it is installed
 
 from helpers.models import BUILDERS, Tiny  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil  # noqa: E402

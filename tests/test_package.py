@@ -99,6 +99,7 @@ LAYERS = [
     "vpt_peft.backbones.swinv2",
     "vpt_peft.backbones.hiera",
     "vpt_peft.backbones.swin",
+    "vpt_peft.backbones.timm",
     "vpt_peft.backbones.siglip",
     "vpt_peft.backbones.clip",
     "vpt_peft.backbones.architecture",

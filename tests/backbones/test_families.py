@@ -72,7 +72,7 @@ def test_prompts_act_as_if_concatenated_to_the_tokens_of_each_layer(family: Fami
 
 @each_family()
 def test_a_prefix_is_attended_to_apart_from_the_image_and_changes_nothing_untrained(family: Family) -> None:
-    images, model = some_images(), family.bare()
+    images, model = some_images(), family.bare().requires_grad_(False)  # frozen weights may take another kernel
     bare = run(model, images, family)
     vpt = get_vpt_model(model, PromptConfig(num_tokens=3, kind="prefix")).eval()
     for own, other in zip(tensors(run(vpt, images, family)), tensors(bare), strict=True):
@@ -138,7 +138,7 @@ def test_every_trained_tensor_gets_a_gradient(family: Family) -> None:
         del trained[name]
     # a bias of all keys does not change the attention
     still = [name for name, parameter in trained.items() if not parameter.grad.abs().max() > 1e-6]
-    assert [name for name in still if "k_proj" not in name and "key" not in name] == []
+    assert [name for name in still if not any(key in name for key in ("k_proj", "key", "k_norm"))] == []
 
 
 @each_family()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,6 +42,7 @@ class Family:
         pooled_norm: path of the norm of the mean over tokens.
         patch_norm: path of the norm of embedded patches.
         since: the first version of transformers that has the class.
+        package: a package that it needs besides.
         adapt: ``adapt(layer, num_prefix_tokens, num_prompts, args, kwargs)``: a context in which the layer takes
             prompts, and its arguments in it: for masks, position biases and rotary embeddings.
         build: ``build(config)`` makes the model, in place of ``model_class(config)``.
@@ -77,6 +78,7 @@ class Family:
     pooled_norm: str | None = None
     patch_norm: str | None = None
     since: str = "5.12"
+    package: str | None = None
     adapt: Adapt | None = None
     build: Callable[[Any], nn.Module] | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -95,9 +97,12 @@ class Family:
     reads_hidden_states: bool = False
 
     @property
-    def available(self) -> bool:
-        """Whether the installed transformers has the class."""
-        return Version(transformers.__version__) >= Version(self.since)
+    def missing(self) -> str | None:
+        """What is not installed that the class needs."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.model_class} needs {self.package}"
+        is_new = Version(transformers.__version__) < Version(self.since)
+        return f"{self.model_class} is new in {self.since}" if is_new else None
 
     def arguments(self, images: Tensor) -> dict[str, Any]:
         """Arguments of the forward call for images ``(num_images, 3, height, width)``."""
@@ -438,19 +443,16 @@ def all_families() -> dict[str, Family]:
     from .clip_families import CLIP_FAMILIES  # here, since they use this module
     from .dense_families import DENSE_FAMILIES
     from .stage_families import STAGE_FAMILIES
+    from .timm_families import TIMM_FAMILIES
     from .video_families import VIDEO_FAMILIES
 
-    return {**FAMILIES, **CLIP_FAMILIES, **STAGE_FAMILIES, **DENSE_FAMILIES, **VIDEO_FAMILIES}
+    return {**FAMILIES, **CLIP_FAMILIES, **STAGE_FAMILIES, **TIMM_FAMILIES, **DENSE_FAMILIES, **VIDEO_FAMILIES}
 
 
 def each_family(select: Callable[[Family], Any] = lambda family: True) -> Any:
     """Parametrizes a test with ``family``: those of the table that are selected."""
     parameters = [
-        pytest.param(
-            family,
-            id=name,
-            marks=pytest.mark.skipif(not family.available, reason=f"{family.model_class} is new in {family.since}"),
-        )
+        pytest.param(family, id=name, marks=pytest.mark.skipif(bool(family.missing), reason=str(family.missing)))
         for name, family in all_families().items()
         if select(family)
     ]

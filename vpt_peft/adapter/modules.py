@@ -161,6 +161,11 @@ def _check_copyable(path: str, module: nn.Module, backbone: Backbone) -> None:
             f"modules_to_save must not name modules that contain an attention or a layer, got '{path}'. "
             "Name smaller parts, such as 'mlp' or 'layernorm_after'."
         )
+    if any(module is layer.part("qkv") and layer.part("q_bias") is not None for layer in backbone.layers):
+        raise ConfigError(
+            f"modules_to_save must name modules that are called, got '{path}', whose weight the attention reads "
+            "together with biases of its own. Name other parts."
+        )
 
 
 def copy_patch_projection(
@@ -243,6 +248,8 @@ def find_biases(config: PromptConfig, backbone: Backbone, owned: list[str]) -> d
     if config.bias == "none":
         return {}
     unread = backbone.unread_modules
+    if config.pooling not in ("default", "pooled"):
+        unread |= backbone.pooler_modules
     return {
         path: module.bias
         for path, module in backbone.model.named_modules()

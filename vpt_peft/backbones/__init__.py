@@ -13,6 +13,7 @@ from . import (  # noqa: F401  registers the declarations
     siglip,
     swin,
     swinv2,
+    timm,
     upernet,
     video,
     vision_language,

@@ -30,6 +30,10 @@ class Head:
             text model, and those whose bias is read without a call. Those that a model lacks are ignored.
         tokens_only: arguments of the model's forward that leave out all that is computed from its tokens, for a
             classifier that is added and reads them.
+        tokens: the module whose output are the tokens, relative to the encoder; None: they are the encoder's
+            ``last_hidden_state``.
+        reads_pooled: a classifier that is added to the model reads its pooled output, even if there is ``[CLS]``.
+        pooler: a module that computes the pooled output, with parameters that nothing else reads.
     """
 
     task_type: str
@@ -44,6 +48,9 @@ class Head:
     normed: bool | Callable[[Any], bool] = True
     unread: tuple[str, ...] = ()
     tokens_only: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tokens: str | None = None
+    reads_pooled: bool = False
+    pooler: str | None = None
 
     @property
     def label_layers(self) -> tuple[str, ...]:
@@ -85,8 +92,9 @@ class Architecture:
         num_prefix_tokens: number of tokens before the patches (``[CLS]``, registers), or a function of the encoder.
         num_suffix_tokens: number of tokens behind the patches (detection tokens), likewise.
         patch_size: side of a patch in pixels, as a function of the encoder; None: ``encoder.config.patch_size``.
+        image_size: height and width of images in pixels, likewise.
         patch_projection: the convolution that embeds patches, relative to the encoder.
-        patch_norm: the norm after it, likewise; None: there is none.
+        patch_norm: the norm after it, or several, likewise; None: there is none.
         normed_output: the tokens in the encoder's output are behind the final norm.
         input_name: argument of the model's forward that takes images or videos.
         input_dims: number of its dimensions: 4 for images, 3 for patches, 5 for videos, with ``video_shape``.
@@ -106,6 +114,8 @@ class Architecture:
         backbone: path of an inner backbone of another family (UperNet), whose declaration then applies to everything
             but the heads; where it is None in a model, this declaration applies.
         backbones: supported classes of the inner backbone.
+        wrapped: path and class of a model of another library inside of the model (timm); the declaration applies where
+            there is one.
         refuse: the reason why a model of the family cannot be prompted, as a function of its encoder; None: it can.
     """
 
@@ -137,8 +147,9 @@ class Architecture:
     num_prefix_tokens: int | Callable[[Any], int] = 1
     num_suffix_tokens: int | Callable[[Any], int] = 0
     patch_size: Callable[[Any], int] | None = None
+    image_size: Callable[[Any], tuple[int, int]] | None = None
     patch_projection: str = "embeddings.patch_embeddings.projection"
-    patch_norm: str | None = None
+    patch_norm: str | tuple[str, ...] | None = None
     normed_output: bool = True
     input_name: str = "pixel_values"
     input_dims: int = 4
@@ -152,6 +163,7 @@ class Architecture:
     overwrites_settings: bool = False
     backbone: str | None = None
     backbones: tuple[str, ...] = ()
+    wrapped: tuple[str, str] | None = None
     refuse: Callable[[Any], str | None] | None = None
 
     @property

@@ -216,6 +216,13 @@ class Backbone:
         return {module for root in (*named, *unread) for module in root.modules()}
 
     @property
+    def pooler_modules(self) -> set[nn.Module]:
+        """Modules that only the pooled output reads."""
+        return {
+            module for path, root in self.model.named_modules() if path == self.head.pooler for module in root.modules()
+        }
+
+    @property
     def head_is_normed(self) -> bool:
         """Whether the head reads tokens behind the final norm."""
         normed = self.head.normed
@@ -226,6 +233,12 @@ class Backbone:
         """The norm of the mean over tokens; None where the model has none."""
         path = self.head.pooled_norm
         return attrgetter(path)(self.model) if path else None
+
+    @property
+    def wrapped(self) -> Any:
+        """The model of another library inside of the model; None if there is none."""
+        wrapped = self.architecture.wrapped
+        return self.encoder.get_submodule(wrapped[0]) if wrapped else None
 
     @property
     def model_type(self) -> str:
@@ -270,14 +283,16 @@ class Backbone:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that it was made for, in pixels."""
-        size = self.encoder.config.image_size
+        sizes = self.architecture.image_size
+        size = self.encoder.config.image_size if sizes is None else sizes(self.encoder)
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
 
     @property
     def num_channels(self) -> int:
-        """Number of channels of its images; some configs take it for granted."""
-        return int(getattr(self.encoder.config, "num_channels", 3))
+        """Number of channels of its images."""
+        number = getattr(self.encoder.config, "num_channels", None)  # some configs take it for granted
+        return next(iter(self.find_patch_embedding().values())).in_channels if number is None else int(number)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -285,14 +300,15 @@ class Backbone:
         shape = self.architecture.video_shape
         return (self.num_channels, *self.image_size) if shape is None else shape(self.encoder)
 
-    def find_patch_embedding(self) -> dict[str, nn.Module]:
+    def find_patch_embedding(self) -> dict[str, Any]:
         """``{path in the model: module}`` of the convolution that embeds patches, and of the norm after it.
 
         Raises:
             UnsupportedModelError: they are not where the declaration of the model says.
         """
         named = dict(self.encoder.named_modules())
-        names = [name for name in (self.architecture.patch_projection, self.architecture.patch_norm) if name]
+        norms = self.architecture.patch_norm or ()
+        names = [self.architecture.patch_projection, *([norms] if isinstance(norms, str) else norms)]
         modules = [named.get(name) for name in names]
         if not isinstance(modules[0], nn.Conv2d) or None in modules:
             raise UnsupportedModelError(
@@ -326,7 +342,11 @@ def find_backbone(model: nn.Module) -> Backbone:
             "AutoModelForImageClassification.from_pretrained(name)."
         )
     declared = ARCHITECTURES.get(_model_type(model) or "", [])
-    fitting = [(family, head) for family in declared if (head := _find_head(model, family.heads)) is not None]
+    fitting = [
+        (family, head)
+        for family in declared
+        if (head := _find_head(model, family.heads)) is not None and _wraps_declared(model, family)
+    ]
     if not fitting:
         raise UnsupportedModelError(explain(model, _model_type(model)))
     errors: list[UnsupportedModelError] = []
@@ -397,6 +417,7 @@ def _check_parts(backbone: Backbone) -> None:
                 "declaration, or to unused if they have no effect on prompts (vpt_peft.register_architecture)."
             )
     _ = backbone.final_norm
+    backbone.encoder.get_submodule(backbone.head.tokens or "")
     for path in backbone.head.paths:
         backbone.model.get_submodule(path)
 
@@ -423,6 +444,14 @@ def find_class(name: object) -> type[transformers.PreTrainedModel] | None:
 def _find_head(model: nn.Module, heads: dict[str, Head]) -> Head | None:
     names = (cls.__name__ for cls in type(model).__mro__)
     return next((heads[name] for name in names if name in heads), None)
+
+
+def _wraps_declared(model: nn.Module, declared: Architecture) -> bool:
+    """Whether a model has the model of another library inside that its declaration is for, if it is for one."""
+    if declared.wrapped is None:
+        return True
+    path, name = declared.wrapped
+    return any(cls.__name__ == name for cls in type(attrgetter(path)(model)).__mro__)
 
 
 def _find_inner(model: Any, declared: Architecture) -> tuple[Any, list[Architecture]]:

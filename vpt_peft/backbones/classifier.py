@@ -16,7 +16,7 @@ from .backbone import Backbone
 
 class BackboneForImageClassification(PreTrainedModel):
     """A model of images or videos with a linear classifier on ``[CLS]``, else on its pooled output, else on the mean
-    over the tokens.
+    over the tokens; for timm's models, on the pooled output.
 
     The classifier is a template: adapters train and own theirs.
 
@@ -53,7 +53,7 @@ class BackboneForImageClassification(PreTrainedModel):
         """What the classifier reads, ``(num_images, width)``."""
         (backbone,) = self.parts
         tokens, pooled = output.last_hidden_state, output.get("pooler_output")
-        if backbone.num_prefix_tokens == 0 and isinstance(pooled, Tensor):
+        if isinstance(pooled, Tensor) and (backbone.head.reads_pooled or backbone.num_prefix_tokens == 0):
             return pooled
         features: Tensor = tokens[:, 0] if backbone.num_prefix_tokens else tokens.mean(1)
         return features if backbone.architecture.normed_output else backbone.final_norm(features)
@@ -72,6 +72,12 @@ def add_classifier(backbone: Backbone, num_labels: int) -> Backbone:
     unread = [*backbone.head.unread]
     if backbone.num_prefix_tokens and getattr(backbone.model, "pooler", None) is not None:
         unread.append("pooler")  # [CLS] is read in its place
-    task_type = backbone.architecture.classification
-    head = Head(task_type, ("classifier",), unread=tuple(f"backbone.{path}" for path in unread))
+    norm, pooler = (path and f"backbone.{path}" for path in (backbone.head.pooled_norm, backbone.head.pooler))
+    head = Head(
+        backbone.architecture.classification,
+        ("classifier",),
+        unread=tuple(f"backbone.{path}" for path in unread),
+        pooled_norm=norm if backbone.head.reads_pooled else None,
+        pooler=pooler,
+    )
     return replace(backbone, model=BackboneForImageClassification(backbone, num_labels), head=head)

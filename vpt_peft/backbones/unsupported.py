@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from itertools import chain
+from operator import attrgetter
 
 from torch import nn
 
@@ -63,6 +64,20 @@ def nearest_class(model: nn.Module, model_type: str | None) -> tuple[str | None,
 def explain(model: nn.Module, model_type: str | None) -> str:
     """The error message for a model that no declaration fits."""
     name, reason = type(model).__name__, find_reason(model, model_type)
+    if type(model).__module__.startswith("timm."):
+        return (
+            f"Expected a model of transformers, got timm's {name} itself. Load its checkpoint by "
+            'AutoModelForImageClassification.from_pretrained("timm/..."), or put its name and arguments into '
+            "TimmWrapperForImageClassification(TimmWrapperConfig(architecture=..., model_args={...})), and its weights "
+            "into the timm_model of that."
+        )
+    wrapped = {one.wrapped[1]: one.wrapped[0] for one in ARCHITECTURES.get(model_type or "", ()) if one.wrapped}
+    if wrapped:
+        inner = attrgetter(min(wrapped.values()))(model)
+        return (
+            f"{name} is supported with a model of class {' or '.join(sorted(wrapped))} inside, got "
+            f"{type(inner).__name__}. Others can be declared with vpt_peft.register_architecture."
+        )
     nearest, loads_checkpoint = nearest_class(model, model_type)
     if reason is not None:
         advice = f"Load the checkpoint into {nearest}" if loads_checkpoint else "Use another family, such as DINOv2"

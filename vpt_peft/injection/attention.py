@@ -160,6 +160,8 @@ class PromptSdpa(TorchFunctionMode):
             return function(query, key, value, attn_mask=mask, **kwargs).transpose(1, 2), None
 
         mask = kwargs.pop("attn_mask", None)
+        if kwargs.get("is_causal"):
+            raise RouteError("Prompts are visible to all tokens, got is_causal=True. Leave it out.")
         return attend(plain, query, key, value, mask, kwargs.get("scale"))[0].transpose(1, 2)
 
 

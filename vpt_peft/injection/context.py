@@ -87,6 +87,11 @@ class ForwardContext:
         return any(batch.plan(layer) is not None for batch in self.batches)
 
     @property
+    def pools_tokens(self) -> bool:
+        """Whether a head reads tokens by the pooling of its adapter."""
+        return any(batch.pooling != "default" for batch in self.batches)
+
+    @property
     def mixes_biases(self) -> bool:
         """Whether images of a mixed batch have different biases."""
         return len(self.batches) > 1 and any(batch.adapter and batch.adapter.bias.paths for batch in self.batches)

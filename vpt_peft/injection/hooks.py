@@ -1,12 +1,14 @@
-"""Hooks that lead prompts through the layers, patch mergings and the output of the encoder."""
+"""Hooks that lead prompts through the layers and patch mergings, and read the tokens behind them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..backbones import Backbone, Layer
@@ -80,23 +82,82 @@ class LayerHook(ForwardOverride):
         return function
 
 
-class PatchMergingHook:
+class CheckpointingOverride:
+    """Takes the place of ``set_grad_checkpointing`` of a timm model, which checkpoints its layers from outside: there,
+    the recomputation would miss the prompts. Instead, :class:`LayerHook` checkpoints each layer, never reentrant.
+
+    Copies and pickles of the model have its own method again.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.model = backbone.wrapped
+        self.layers: list[Any] = [layer.module for layer in backbone.layers]
+
+    def inject(self) -> None:
+        """Overrides the method, and lets it take effect if checkpointing is enabled already."""
+        enabled = self.model.grad_checkpointing or any(
+            getattr(one, "gradient_checkpointing", False) for one in self.layers
+        )
+        self.model.grad_checkpointing = False
+        self.model.set_grad_checkpointing = self
+        self(enabled)
+
+    def remove(self) -> None:
+        """Restores the method; the settings of the model are restored with all others."""
+        del self.model.set_grad_checkpointing
+        for layer in self.layers:
+            del layer.gradient_checkpointing, layer._gradient_checkpointing_func
+
+    def __call__(self, enable: bool = True) -> None:
+        for layer in self.layers:
+            layer.gradient_checkpointing = enable
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.model, "set_grad_checkpointing")
+
+
+class ForwardHook(ABC):
+    """A hook that is called around the forward of a module; copies and pickles of the module do not have it."""
+
+    def __init__(self, backbone: Backbone, module: nn.Module) -> None:
+        self.backbone = backbone
+        self.module = module
+        self.handle: RemovableHandle | None = None
+
+    @abstractmethod
+    def inject(self) -> None:
+        """Registers the hook."""
+
+    def remove(self) -> None:
+        """Removes the hook."""
+        if self.handle is not None:
+            self.handle.remove()
+
+    def __reduce__(self) -> Any:
+        return identity, (_no_hook,)
+
+
+class TokensHook(ForwardHook):
+    """Reads the tokens that a head pools, where the output of the encoder does not contain them (timm)."""
+
+    def inject(self) -> None:
+        self.handle = self.module.register_forward_hook(self)
+
+    def __call__(self, module: Any, _: Any, output: Tensor) -> None:
+        forward = current_forward(self.backbone)
+        if forward is not None and forward.pools_tokens:
+            forward.last_hidden_state = output
+
+
+class PatchMergingHook(ForwardHook):
     """Carries prompts through Swin's patch merging: a prompt, repeated four times, takes the place of four patches.
 
     It runs before the merging, so that in the backward pass the image comes first and gathers sharded weights (FSDP2).
     """
 
-    def __init__(self, backbone: Backbone, module: nn.Module) -> None:
-        self.backbone = backbone
-        self.module = module
-
     def inject(self) -> None:
-        """Registers the hook."""
-        self.handle: RemovableHandle = self.module.register_forward_pre_hook(self)
-
-    def remove(self) -> None:
-        """Removes the hook."""
-        self.handle.remove()
+        self.handle = self.module.register_forward_pre_hook(self)
 
     def __call__(self, module: Any, _: Any) -> None:
         forward = current_forward(self.backbone)
@@ -109,9 +170,6 @@ class PatchMergingHook:
             if batch.prompts is not None:
                 with activate_alone(forward, batch):
                     batch.prompts = second(first(batch.prompts.repeat(1, 1, 4)))
-
-    def __reduce__(self) -> Any:
-        return identity, (_no_hook,)
 
 
 def _no_hook(*_: Any) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from ..backbones import Backbone
 from ..errors import RouteError, UnsupportedModelError
 from .attention import override_attention
-from .hooks import LayerHook, PatchMergingHook
+from .hooks import CheckpointingOverride, LayerHook, PatchMergingHook, TokensHook
 from .overrides import EntryOverride, ForwardOverride, HeadOverride, ModuleOverride
 
-CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func", "grad_checkpointing")  # the last is timm's
 
 # {id of a parameter: (ids of the settings that freeze it, whether it required gradients before)}: models share weights.
 # The settings keep their parameters alive, so that no id is given out again.
@@ -40,7 +40,7 @@ class ModelSettings:
         self.checkpointing = [
             (module, {name: module.__dict__[name] for name in CHECKPOINTING if name in module.__dict__})
             for module in model.modules()
-            if hasattr(module, "gradient_checkpointing")
+            if hasattr(module, "gradient_checkpointing") or hasattr(module, "grad_checkpointing")
         ]
 
     def freeze(self) -> None:
@@ -102,6 +102,11 @@ class Injector:
                 self._inject(override_attention(backbone, layer), paths[layer.part("caller")])
             for merging in backbone.mergings.values():
                 self._inject(PatchMergingHook(backbone, merging), paths[merging])
+            if backbone.head.tokens is not None:
+                tokens = backbone.encoder.get_submodule(backbone.head.tokens)
+                self._inject(TokensHook(backbone, tokens), paths[tokens])
+            if hasattr(backbone.wrapped, "set_grad_checkpointing"):
+                self._inject(CheckpointingOverride(backbone), paths[backbone.wrapped])
             for path in backbone.head.paths:
                 self._inject(HeadOverride(backbone, path), path)
             self.overridden.update(backbone.head.paths)

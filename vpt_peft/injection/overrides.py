@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class EntryOverride(ForwardOverride):
             kwargs[architecture.input_name] = enter_image(context, kwargs[architecture.input_name])
             context.token_mask = kwargs.get(architecture.token_mask or "")
         output = self.forward(*args, **kwargs)
-        if self.module is self.backbone.encoder and any(batch.pooling != "default" for batch in context.batches):
+        if self.module is self.backbone.encoder and self.backbone.head.tokens is None and context.pools_tokens:
             context.last_hidden_state = output.last_hidden_state
             context.pooler_output = output.get("pooler_output")
         return output
@@ -204,7 +205,8 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
         hidden = backbone.final_norm(hidden)
     class_token, tokens = hidden[:, 0], backbone.image_tokens(hidden)
     mask = None if context.token_mask is None else batch.select(context.token_mask)
-    with activate_alone(context, batch):
+    # in a copy of the context, since the final norm may write the tokens of the image into it
+    with activate(replace(context)), activate_alone(context, batch):
         if batch.pooling in ("prompt", "global"):
             assert batch.prompts is not None  # the plan makes sure of it
             prompts = backbone.final_norm(batch.prompts) if backbone.head_is_normed else batch.prompts
@@ -215,7 +217,7 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
                 mask = None if mask is None else nn.functional.pad(mask, (0, prompts.shape[1]), value=1)
         mean = average(tokens, mask)
         if backbone.pooled_norm is not None:
-            mean = backbone.pooled_norm(mean)
+            class_token, mean = backbone.pooled_norm(class_token), backbone.pooled_norm(mean)
     if batch.pooling == "class":
         return class_token
     joins = backbone.head.joins_class_token or batch.pooling == "class_and_image"

@@ -27,7 +27,9 @@ MAX_SCALE_VALUES = 256
 MAX_LISTED = 5
 MAX_NAME = 300
 # Fields that have no effect in eval mode, or whose effect shows in the shapes of tensors.
-IGNORED_FIELDS = re.compile(r"dropout|drop_path|drop_rate|initializer|init_|image_size|_attn_implementation|_version")
+IGNORED_FIELDS = re.compile(
+    r"dropout|drop_path|drop_rate|initializer|init_|image_size|_attn_implementation|_version|num_classes|label_names"
+)
 # Largest error of a value, as a fraction of the tensor's scale.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2, "8 bits": 0.15, "4 bits": 0.6}
 
