@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .check import ArchitectureReport, check_architecture
     from .config import PromptConfig
     from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
+    from .explanation import Explanation, LayerAttention, draw_explanation, explain, explain_attention
     from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
     from .pipelines import pipeline
     from .training import PushAdapter, adamw, parameter_groups
@@ -48,7 +49,9 @@ __all__ = [
     "AutoVPTModelForZeroShotImageClassification",
     "CheckpointError",
     "ConfigError",
+    "Explanation",
     "Head",
+    "LayerAttention",
     "PromptConfig",
     "PushAdapter",
     "RouteError",
@@ -58,6 +61,9 @@ __all__ = [
     "__version__",
     "adamw",
     "check_architecture",
+    "draw_explanation",
+    "explain",
+    "explain_attention",
     "get_adapter_state_dict",
     "get_vpt_model",
     "parameter_groups",
@@ -77,6 +83,7 @@ _MODULES = {
     "check": ("ArchitectureReport", "check_architecture"),
     "config": ("PromptConfig",),
     "errors": ("AdapterError", "CheckpointError", "ConfigError", "RouteError", "UnsupportedModelError", "VPTError"),
+    "explanation": ("Explanation", "LayerAttention", "draw_explanation", "explain", "explain_attention"),
     "model": ("VPTModel", "get_adapter_state_dict", "get_vpt_model", "set_adapter_state_dict"),
     "pipelines": ("pipeline",),
     "training": ("PushAdapter", "adamw", "parameter_groups"),
