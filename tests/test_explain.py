@@ -102,7 +102,11 @@ def test_weights_are_the_softmax_of_queries_and_keys(name: str, config: dict[str
             assert own.prompt_share == pytest.approx(share, abs=1e-6)
 
 
-@each_family(lambda family: family.feed is None and not family.model_class.startswith("Data2Vec"))
+@each_family(
+    lambda family: (
+        family.feed is None and family.reference is None and not family.model_class.startswith(("Data2Vec", "Timm"))
+    )
+)
 @pytest.mark.parametrize("config", [{}, {"deep": False}], ids=["deep", "shallow"])
 def test_weights_are_those_that_the_backbone_returns(family: Any, config: dict[str, Any]) -> None:
     images = some_images()[:1]
@@ -120,7 +124,8 @@ def test_weights_are_those_that_the_backbone_returns(family: Any, config: dict[s
         assert len(outputs) == len(ours)
         for own, (_, weights) in zip(ours, outputs, strict=True):
             mean = read(weights[0], explanation.query, family.num_prefix_tokens, 16)
-            prefix_tokens, patches, prompts = mean.split([family.num_prefix_tokens, 16, number], dim=1)
+            sizes = [family.num_prefix_tokens, 16, vpt.backbone.num_suffix_tokens, number]
+            prefix_tokens, patches, _, prompts = mean.split(sizes, dim=1)
             assert_equal(own, prefix_tokens, prompts, patches)
 
 
@@ -465,6 +470,13 @@ def test_what_cannot_be_explained_says_why(vit: Tiny) -> None:
     unloaded.unload()
     with pytest.raises(AdapterError, match="was unloaded"):
         explain_attention(unloaded, vit.pixel_values[:1])
+
+
+@pytest.mark.parametrize("name", ["swinv2", "hiera", "videomae"])
+def test_models_without_a_map_of_attention_are_refused(name: str) -> None:
+    family = all_families()[name]
+    with pytest.raises(UnsupportedModelError, match=f"got a {family.model_class}, which is explained by no map"):
+        explain_attention(family.prompted(), some_images()[:1])
 
 
 def test_attention_that_is_computed_in_another_way_is_refused(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..config import PromptConfig
+from ..config import SPATIAL_TASKS, PromptConfig
 from ..errors import AdapterError, RouteError, UnsupportedModelError, safe_repr
 from ..model import VPTModel
 from ..model.arguments import check_pixel_values
@@ -17,7 +17,7 @@ from ..model.initialisation import evaluating
 from .recorder import LayerAttention, record_attention
 
 QUERIES = ("class", "patches")
-READ_AS_MAPS = ("SEMANTIC_SEGMENTATION", "MASKED_IMAGE_MODELING")
+READ_AS_MAPS = (*SPATIAL_TASKS, "MASKED_IMAGE_MODELING")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,11 @@ def explain_attention(
     if not isinstance(vpt, VPTModel):
         raise AdapterError(f"vpt must be a VPTModel, got {safe_repr(vpt)}. Make one with get_vpt_model().")
     backbone, config = vpt.backbone, vpt.active_config
+    if backbone.architecture.input_dims == 5 or backbone.architecture.attention_forward is not None:
+        raise UnsupportedModelError(
+            "Expected a model of images whose attention calls F.scaled_dot_product_attention, got a "
+            f"{type(backbone.original).__name__}, which is explained by no map of attention."
+        )
     check_pixel_values(pixel_values, backbone.architecture.input_dims)
     if len(pixel_values) != 1:
         raise AdapterError(f"pixel_values must be one image, got {len(pixel_values)}. Explain one after the other.")
