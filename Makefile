@@ -1,4 +1,4 @@
-# make quickstart    create .venv and run the quickstart example
+# make quickstart    create .venv-quickstart, fine-tune on handwritten digits and predict
 # make test          lint, type check and tests
 # make test-oldest   tests with the oldest supported torch, transformers, huggingface_hub and safetensors
 # make test-timm     tests with timm, in .venv-timm: its torchvision may need another torch than the one of .venv
@@ -15,6 +15,7 @@ WORKERS ?= 2
 VENV := .venv
 OLDEST := .venv-oldest
 TIMM := .venv-timm
+QUICKSTART := .venv-quickstart
 CLEAN := .venv-package
 DOCS := .venv-docs
 
@@ -28,8 +29,9 @@ help:
 
 setup: $(VENV)/.installed
 
-quickstart: setup
-	$(VENV)/bin/python examples/quickstart.py
+quickstart: $(QUICKSTART)/.installed
+	$(QUICKSTART)/bin/vpt-peft train --output runs/quickstart --resume
+	$(QUICKSTART)/bin/vpt-peft predict runs/quickstart 'runs/quickstart/data/test/*/100*.png'
 
 test: lint types tests
 
@@ -64,7 +66,7 @@ docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TIMM) $(CLEAN) $(DOCS) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(TIMM) $(QUICKSTART) $(CLEAN) $(DOCS) build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -77,6 +79,12 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints/current.txt
 $(DOCS)/.installed: docs/requirements.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install -r docs/requirements.txt
+	touch $@
+
+# Only what the command needs.
+$(QUICKSTART)/.installed: setup.cfg pyproject.toml constraints/current.txt
+	$(PYTHON) -m venv $(QUICKSTART)
+	$(QUICKSTART)/bin/python -m pip install -c constraints/current.txt -e '.[train]'
 	touch $@
 
 $(OLDEST)/.installed: setup.cfg pyproject.toml constraints/oldest.txt

@@ -1,6 +1,8 @@
 """Smoke test of the installed wheel, run by ``make package`` in an environment without other packages."""
 
 import importlib.util
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
 from importlib.resources import files
@@ -19,6 +21,10 @@ for name in ("py.typed", "hub/card_template.md"):
     assert files("vpt_peft").joinpath(name).is_file(), f"{name} is missing in the wheel"
 for name in ("pytest", "sklearn", "PIL"):
     assert importlib.util.find_spec(name) is None, f"{name} is installed, but must not be a dependency"
+
+command = [str(Path(sys.executable).with_name("vpt-peft")), "--version"]
+printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+assert printed == f"vpt-peft {vpt_peft.__version__}\n", f"vpt-peft --version prints {printed!r}"
 
 
 def backbone() -> ViTForImageClassification:

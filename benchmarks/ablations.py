@@ -24,28 +24,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 import torch
 from accuracy import read, result_fields, write
 from accuracy_tables import format_accuracy, mean
-from images import DataError, ImageSet, Preprocessing, display_name, load_images
+from harness import Settings, check_minimum, load_backbone, tune
+from image_sets import ImageSet, Preprocessing, load_images
 from initialisation import Initialised
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from plots import BLUE
 from settings import Run, find_runs
-from training import (
-    METHODS,
-    Method,
-    Settings,
-    check_minimum,
-    load_backbone,
-    silence_transformers,
-    table,
-    tune,
-)
 from transformers import AutoModelForImageClassification
+
+from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.report.plots import BLUE
+from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.training.methods import METHODS, Method
+from vpt_peft.recipes.training.models import silence_transformers
+from vpt_peft.recipes.training.task import display_name
 
 BORDER = 8  # pixels at each side; the image keeps whole patches
 LENGTHS = (1, 5, 10, 20, 50)
@@ -129,7 +124,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="a ViT checkpoint's name on the Hub or its folder")
-    add("--data", required=True, help="folder with class folders (see quickstart.py), or a dataset on the Hub")
+    add(
+        "--data",
+        required=True,
+        help="folder with class folders (see vpt-peft train), or a dataset on the Hub",
+    )
     add("--image-size", type=int, help="in pixels (default: the checkpoint's)")
     add("--ablations", nargs="+", help="start of the ablations' names, such as Length or Kind (default: all)")
     add("--seeds", nargs="+", type=int, default=[0], help="one run per seed (default: 0)")
@@ -256,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         runs = run(args)
         if not runs:
-            raise DataError(f"{args.output} contains none of the requested runs. Run without --report first.")
-    except DataError as error:
+            raise RecipeError(f"{args.output} contains none of the requested runs. Run without --report first.")
+    except RecipeError as error:
         sys.exit(str(error))
     print(results_table(runs))
     if args.plot:

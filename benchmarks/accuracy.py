@@ -22,14 +22,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import digits
+import digit_sets
 import torch
 from accuracy_tables import comparison, insert_table, settings_table, summary, sweep_table
-from images import DataError, ImageSet, Preprocessing, display_name, load_images
+from harness import DEVICE, Result, Settings, load_backbone, tune
+from image_sets import ImageSet, Preprocessing, load_images
 from settings import ALL_METHODS, Run, best_candidate, candidates, find_runs, settings_of, with_settings
-from training import DEVICE, Method, Result, Settings, load_backbone, silence_transformers, tune
+
+from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.training.methods import Method
+from vpt_peft.recipes.training.models import silence_transformers
+from vpt_peft.recipes.training.task import display_name
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data",
         nargs="+",
         default=[],
-        help="folders with class folders (see quickstart.py), or datasets on the Hub",
+        help="folders with class folders (see vpt-peft train), or datasets on the Hub",
     )
     add("--backbone", choices=("vit", "swin"), default="vit", help="backbone to pretrain on digits (default: vit)")
     add(
@@ -84,7 +87,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mark", default="accuracy", help="name in these marks (default: %(default)s)")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
-        parser.error("--model and --data must be given together, or neither of them for the handwritten digits.")
+        parser.error("--model and --data must be given together, or neither of them for the handwritten digit_sets.")
     if args.image_size and not args.model:
         parser.error("--image-size requires --model and --data; the handwritten digits have 32 pixels.")
     if args.sweep and args.tuned_by:
@@ -102,8 +105,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def tasks(args: argparse.Namespace, seed: int, folder: Path) -> Iterator[Task]:
     """The tasks of the command line. A backbone that is pretrained is saved in ``folder``."""
     if not args.model:
-        digits.pretrain(args.backbone, folder, digits.PRETRAINING_EPOCHS, seed)
-        yield Task(f"small {args.backbone}, digits 0-4", str(folder), "digits 5-9", *digits.new_task(seed))
+        digit_sets.pretrain(args.backbone, folder, digit_sets.PRETRAINING_EPOCHS, seed)
+        yield Task(f"small {args.backbone}, digits 0-4", str(folder), "digits 5-9", *digit_sets.new_task(seed))
     for data in args.data:
         images = load_images(data, Preprocessing.from_checkpoint(args.model, args.image_size), seed)
         yield Task(display_name(args.model), args.model, display_name(data), *images)
@@ -173,7 +176,7 @@ def result_fields(result: Result) -> Run:
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, str]:
     """The requested tables, by the mark of their place in a file."""
     if not runs:
-        raise DataError(f"{args.output} contains none of the requested runs. Run without --report first.")
+        raise RecipeError(f"{args.output} contains none of the requested runs. Run without --report first.")
     if args.sweep:
         return {"sweep": sweep_table(runs)}
     if args.tuned_by:
@@ -192,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.readme:
             for mark, text in tables.items():
                 insert_table(args.readme, mark, text)
-    except DataError as error:
+    except RecipeError as error:
         sys.exit(str(error))
     print("\n\n".join(tables.values()))
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from images import DataError
 from settings import ALL_METHODS, Run, best_candidate, candidates, find_runs, settings_of
-from training import Method, table
+
+from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.training.methods import Method
 
 HEADER = ("Data", "Method", "Accuracy", "Trained parameters", "Share of backbone", "Size on disk", "Training time")
 
@@ -191,11 +190,11 @@ def insert_table(file: Path, mark: str, tables: str) -> None:
     """Replaces the text between ``<!-- mark -->`` and ``<!-- /mark -->`` in a file.
 
     Raises:
-        DataError: the marks are not there exactly once each and in this order.
+        RecipeError: the marks are not there exactly once each and in this order.
     """
     start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     content = file.read_text(encoding="utf-8")
     if content.count(start) != 1 or content.count(end) != 1 or content.index(start) > content.index(end):
-        raise DataError(f"{file} must contain the marks {start} and {end} once each. Add them where the tables belong.")
+        raise RecipeError(f"{file} must contain the marks {start} and {end} once each. Add them where tables belong.")
     before, after = content.split(start)[0], content.split(end)[1]
     file.write_text(f"{before}{start}\n{tables}\n{end}{after}", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from training import Method
-
 from vpt_peft.backbones import find_backbone
+from vpt_peft.recipes.training.methods import Method
 
 
 class Bottleneck(nn.Module):
@@ -69,7 +65,7 @@ class Adapter(Method):
 
     dim: int = 8
 
-    def attach(self, model: Any) -> BottleneckModel:
+    def attach(self, model: Any, **_: Any) -> BottleneckModel:
         return BottleneckModel(model, self.dim)
 
 

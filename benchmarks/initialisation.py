@@ -21,32 +21,33 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import digits
+import digit_sets
 import torch
 from accuracy import read, result_fields, write
 from accuracy_tables import format_accuracy
-from images import DataError, ImageSet, Preprocessing, augment, display_name, load_images
-from settings import Run, find_runs, settings_of
-from torch import Tensor, nn
-from tqdm import tqdm
-from training import (
+from harness import (
     DEVICE,
-    Method,
     Settings,
     check_minimum,
     learning_rate,
     learning_rate_factor,
     load_backbone,
-    silence_transformers,
     size_kwargs,
-    table,
     tune,
 )
+from image_sets import ImageSet, Preprocessing, augment, load_images
+from settings import Run, find_runs, settings_of
+from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
 
 from vpt_peft import VPTModel
+from vpt_peft.recipes.data.digits import small_classifier
+from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.training.methods import SMALL_METHODS, Method
+from vpt_peft.recipes.training.models import silence_transformers
+from vpt_peft.recipes.training.task import display_name
 
 METHODS = ("vpt-shallow", "vpt-deep")
 INITIALISATIONS = ("uniform", "sample", "kmeans", "mean")
@@ -66,9 +67,9 @@ class Initialised(Method):
     initialisation: str = "uniform"
     images: ImageSet | None = None
 
-    def attach(self, model: Any) -> VPTModel:
+    def attach(self, model: Any, **labels: Any) -> VPTModel:
         """The backbone with the adapter and its initial prompts."""
-        vpt: VPTModel = super().attach(model)
+        vpt: VPTModel = super().attach(model, **labels)
         if self.initialisation != "uniform":
             assert self.images is not None
             order = torch.randperm(len(self.images)).split(64)
@@ -79,8 +80,8 @@ class Initialised(Method):
 
 
 def small_vit(image_size: int) -> Any:
-    """The ViT of ``digits.py`` for another image size, with random weights."""
-    shape = digits.small_backbone("vit").config.to_dict()
+    """The ViT of ``digit_sets.py`` for another image size, with random weights."""
+    shape = small_classifier("vit").config.to_dict()
     return ViTForImageClassification(ViTConfig(**shape | {"image_size": image_size}))
 
 
@@ -136,22 +137,27 @@ def check_encoder(expected: dict[str, Tensor], folder: Path) -> None:
     """Checks that a checkpoint, loaded for fine-tuning, has exactly these encoder weights and no random ones.
 
     Raises:
-        DataError: names the tensors that differ.
+        RecipeError: names the tensors that differ.
     """
     loaded = load_backbone(str(folder), ["one", "two"], seed=0).vit.state_dict()
     names = sorted(expected.keys() | loaded.keys())
     other = [name for name in names if name not in expected or name not in loaded]
     other += [name for name in names if name not in other and not torch.equal(expected[name], loaded[name])]
     if other:
-        raise DataError(f"The encoder must be loaded as it was pretrained, but these differ: {', '.join(other)}.")
+        raise RecipeError(f"The encoder must be loaded as it was pretrained, but these differ: {', '.join(other)}.")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses and checks the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--data", nargs="+", default=[], help="folders with class folders (see quickstart.py), or datasets on the Hub")
-    add("--image-size", type=int, default=digits.SIZE, help="of --data, a multiple of 8 (default: %(default)s)")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        help="folders with class folders, or datasets on the Hub",
+    )
+    add("--image-size", type=int, default=digit_sets.SIZE, help="of --data, a multiple of 8 (default: %(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--initialisations", nargs="+", choices=INITIALISATIONS, default=list(INITIALISATIONS), help="default: all")
     add("--seeds", nargs="+", type=int, default=[0], help="one pretraining and its runs per seed (default: 0)")
@@ -164,12 +170,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--epochs", type=int, default=10, help="of prompt tuning (default: %(default)s)")
     add("--mae-epochs", type=int, default=40, help="default: %(default)s")
-    add("--pretraining-epochs", type=int, default=digits.PRETRAINING_EPOCHS, help="with labels (default: %(default)s)")
+    add(
+        "--pretraining-epochs",
+        type=int,
+        default=digit_sets.PRETRAINING_EPOCHS,
+        help="with labels (default: %(default)s)",
+    )
     add("--output", type=Path, default=Path("runs/initialisation.json"), help="default: %(default)s")
     add("--resume", action="store_true", help="keep the runs of the output, and skip them")
     args = parser.parse_args(argv)
     check_minimum(parser, args, image_size=8, epochs=1, mae_epochs=1, pretraining_epochs=1)
-    if args.image_size % 8 or (args.image_size != digits.SIZE and not args.data):
+    if args.image_size % 8 or (args.image_size != digit_sets.SIZE and not args.data):
         parser.error(f"--image-size must be a multiple of 8, and is for --data only, got {args.image_size}.")
     if args.output.exists() and not args.resume:
         parser.error(f"{args.output} exists. Add --resume to continue it, or choose another --output.")
@@ -179,7 +190,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def tasks(args: argparse.Namespace, seed: int) -> dict[str, tuple[ImageSet, ImageSet]]:
     """Training and test images to tune prompts on, by name."""
     if not args.data:
-        return {"digits 5-9": digits.new_task(seed)}
+        return {"digits 5-9": digit_sets.new_task(seed)}
     preprocessing = Preprocessing(args.image_size)
     return {display_name(data): load_images(data, preprocessing, seed) for data in args.data}
 
@@ -189,9 +200,9 @@ def backbones(
 ) -> Iterator[tuple[str, Path]]:
     """Pretrained backbones: how, and the folder."""
     if not args.data:
-        digits.pretrain("vit", folder / "supervised", args.pretraining_epochs, seed)
+        digit_sets.pretrain("vit", folder / "supervised", args.pretraining_epochs, seed)
         yield "supervised", folder / "supervised"
-        train_sets = [digits.load().select_classes(digits.OLD).split(0.8, seed)[0]]
+        train_sets = [digit_sets.load().select_classes(digit_sets.OLD).split(0.8, seed)[0]]
     loss = pretrain_mae(train_sets, folder / "mae", args.mae_epochs, seed)
     print(f"MAE, seed {seed}: loss {loss:.3f} in the last epoch", file=sys.stderr)
     yield "mae", folder / "mae"
@@ -199,7 +210,7 @@ def backbones(
 
 def methods(args: argparse.Namespace) -> list[tuple[str, Method]]:
     """The methods with all learning rates of the command line."""
-    defaults = [(name, digits.SMALL_METHODS[name]) for name in args.methods]
+    defaults = [(name, SMALL_METHODS[name]) for name in args.methods]
     return [
         (name, replace(method, learning_rate=factor * method.learning_rate))
         for name, method in defaults
@@ -264,7 +275,7 @@ def results_table(runs: Sequence[Run], initialisations: Sequence[str]) -> str:
             for group, mean in zip(groups, means, strict=True)
         ]
         pretraining, data, method, rate = key
-        rows.append((PRETRAININGS[pretraining], data, digits.SMALL_METHODS[method].title, f"{rate:g}", *cells))
+        rows.append((PRETRAININGS[pretraining], data, SMALL_METHODS[method].title, f"{rate:g}", *cells))
     return table(rows)
 
 
@@ -275,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # more are no faster for such small models
     try:
         runs = run(args)
-    except DataError as error:
+    except RecipeError as error:
         sys.exit(str(error))
     print(results_table(runs, args.initialisations))
 

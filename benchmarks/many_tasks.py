@@ -35,10 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from training import silence_transformers, table
+from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.training.models import silence_transformers
 
 LOADED_TOKENS = 50
 STATM = Path("/proc/self/statm")

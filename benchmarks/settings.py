@@ -1,6 +1,6 @@
 """The grid of ``accuracy.py --sweep``, and the selection of the best settings.
 
-The defaults in ``examples/training.py`` and ``lora.py`` are the settings with the best mean over the datasets, except
+The defaults in ``vpt_peft/recipes/training/methods.py`` are the settings with the best mean over the datasets, except
 for the linear head and VPT-Deep, where the differences are within noise and further runs decided, see
 ``results/README.md``.
 """
@@ -8,20 +8,15 @@ for the linear head and VPT-Deep, where the differences are within noise and fur
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 from bottleneck_adapter import ADAPTER
-from images import DataError
-from lora import LORA
-from training import METHODS, Method
 
 from vpt_peft import PromptConfig
+from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.training.methods import METHODS, Method
 
 Run = dict[str, Any]  # settings and results of a run, as in the output of accuracy.py
 
@@ -30,7 +25,7 @@ NAMES = (
     "full",
 )  # fmt: skip
 LONGER = replace(METHODS["vpt-prefix"], title="VPT-Prefix, p = 20", config=PromptConfig(num_tokens=20, kind="prefix"))
-ALL_METHODS = {name: {**METHODS, "lora": LORA, "adapter": ADAPTER, "vpt-prefix-20": LONGER}[name] for name in NAMES}
+ALL_METHODS = {name: {**METHODS, "adapter": ADAPTER, "vpt-prefix-20": LONGER}[name] for name in NAMES}
 
 # By method: learning rate, head learning rate (None: the same), prompt length (None: the method's), and the learning
 # rate of biases where it is another.
@@ -87,13 +82,13 @@ def best_candidate(runs: Sequence[Run], name: str, data: str) -> Method:
     """The candidate with the highest validation accuracy on a dataset. Ties: the default, else the first.
 
     Raises:
-        DataError: a candidate has no such run.
+        RecipeError: a candidate has no such run.
     """
 
     def validation_accuracy(method: Method) -> float:
         found = find_runs(runs, {**settings_of(name, method), "data": data, "validation": True})
         if not found:
-            raise DataError(
+            raise RecipeError(
                 f"The sweep must contain validation runs of all settings of {name} on {data}, but has none of "
                 f"{settings_of(name, method)}. Run accuracy.py --sweep --resume on this dataset first."
             )

@@ -17,18 +17,14 @@ import json
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 import torch
 import transformers
-from lora import LORA
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -41,6 +37,7 @@ from transformers import (
 )
 
 from vpt_peft import PromptConfig, get_vpt_model
+from vpt_peft.recipes.training.methods import METHODS
 
 LABELS = 100
 TINY = {"image_size": 32, "num_labels": LABELS}
@@ -158,7 +155,7 @@ def build_variants(backbone: str, args: argparse.Namespace) -> list[Variant]:
     variants = [("bare", None, model), ("linear", None, prompted(0)), ("full", None, full)]
     variants.append(("bitfit", None, prompted(0, bias="all")))
     if "lora" in args.variants:
-        variants.append(("lora", None, LORA.attach(share_weights(model))))
+        variants.append(("lora", None, METHODS["lora"].attach(share_weights(model))))
     for num_tokens in args.tokens:
         variants.append(("key_value", num_tokens, prompted(num_tokens)))
         variants.append(("prefix", num_tokens, prompted(num_tokens, kind="prefix")))

@@ -18,17 +18,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import digits
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from images import DataError, ImageSet, Preprocessing, augment, load_images
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
-from trainer_tools import check_same_settings, option_values
-from training import METHODS, Method, Settings, check_minimum, learning_rate_factor, load_backbone, silence_transformers
 
 from vpt_peft import VPTError, get_vpt_model, parameter_groups
+from vpt_peft.recipes.commands.train import option_values
+from vpt_peft.recipes.training.methods import METHODS, SMALL_METHODS, Method
+from vpt_peft.recipes.training.models import silence_transformers
+from vpt_peft.recipes.training.trainer import check_same_settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the loop in memory
+
+import digit_sets
+from harness import Settings, check_minimum, learning_rate_factor, load_backbone
+from image_sets import ImageSet, Preprocessing, augment, load_images
 
 METHOD = METHODS["vpt-deep"]
 RESUME_SETTINGS = ("model", "data", "epochs", "batch_size", "accumulate", "seed")  # must not change on --resume
@@ -53,7 +59,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/accelerate"), help="default: %(default)s")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
-        parser.error("--model and --data must be given together, or neither of them for the handwritten digits.")
+        parser.error("--model and --data must be given together, or neither of them for the handwritten digit_sets.")
     check_minimum(parser, args, epochs=1, batch_size=1, accumulate=1, save_every=1, seed=0)
     if args.resume and not (args.resume / "epoch.json").is_file():
         parser.error(f"--resume must be a folder saved by this script, such as state-5, got {args.resume}.")
@@ -67,14 +73,14 @@ def prepare(accelerator: Accelerator, args: argparse.Namespace) -> tuple[str, Im
             return args.model, *load_images(args.data, Preprocessing.from_checkpoint(args.model), args.seed)
     folder = args.output / "backbone"
     if accelerator.is_main_process and not (folder / "model.safetensors").is_file():
-        digits.pretrain("vit", folder, digits.PRETRAINING_EPOCHS, args.seed)
+        digit_sets.pretrain("vit", folder, digit_sets.PRETRAINING_EPOCHS, args.seed)
     accelerator.wait_for_everyone()
-    return str(folder), *digits.new_task(args.seed)
+    return str(folder), *digit_sets.new_task(args.seed)
 
 
 def chosen_method(args: argparse.Namespace) -> Method:
     """VPT-Deep, with learning rates for a pretrained model or for the small one."""
-    return METHOD if args.model else digits.SMALL_METHODS["vpt-deep"]
+    return METHOD if args.model else SMALL_METHODS["vpt-deep"]
 
 
 def make_loader(images: ImageSet, batch_size: int, shuffle: bool) -> Any:
@@ -97,7 +103,7 @@ def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageS
     done = 0
     if args.resume:
         saved = json.loads((args.resume / "epoch.json").read_text())
-        check_same_settings(f"The run of {args.resume}", saved, option_values(args, RESUME_SETTINGS))
+        check_same_settings(f"The run of {args.resume}", saved, option_values(args, list(RESUME_SETTINGS)))
         accelerator.load_state(str(args.resume))
         done = saved["epoch"]
     bar = tqdm(total=steps, initial=schedule.last_epoch, disable=not accelerator.is_main_process, unit="step")
@@ -115,7 +121,7 @@ def train(accelerator: Accelerator, vpt: Any, images: ImageSet, test_set: ImageS
                     bar.update()
                 optimizer.zero_grad()
         if (epoch + 1) % args.save_every == 0:
-            settings = option_values(args, RESUME_SETTINGS)
+            settings = option_values(args, list(RESUME_SETTINGS))
             save_state(accelerator, args.output / f"state-{epoch + 1}", {"epoch": epoch + 1, **settings})
         accuracy = evaluate(accelerator, vpt, test_batches, images)
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.1f} %")
@@ -157,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vpt = get_vpt_model(load_backbone(backbone, train_set.class_names, args.seed), METHOD.config)
         set_seed(args.seed, device_specific=True)
         vpt, accuracy = train(accelerator, vpt, train_set, test_set, args)
-    except (DataError, VPTError, OSError) as error:
+    except (VPTError, OSError) as error:
         sys.exit(str(error))
     metrics = {f"accuracy, % of {len(test_set)} test images": accuracy}
     vpt.save_pretrained(

@@ -14,14 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import digits
 import torch
-from images import ImageSet
 from torch import Tensor
-from training import DEVICE, Method, Settings, accuracy, load_backbone, predict, silence_transformers, table, train
 from transformers import AutoModelForImageClassification
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
+from vpt_peft.recipes.data.digits import NEW
+from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.training.methods import SMALL_METHODS, Method
+from vpt_peft.recipes.training.models import silence_transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the loop in memory
+
+import digit_sets
+from harness import DEVICE, Settings, accuracy, load_backbone, predict, train
+from image_sets import ImageSet
 
 TOLERANCE = 1e-4  # for logits; a different order of summation changes them by about 1e-6
 SHADES = " .:*#@"
@@ -37,13 +44,13 @@ class Task:
     method: Method
 
 
-DEEP = digits.SMALL_METHODS["vpt-deep"]
-LONG = replace(digits.SMALL_METHODS["vpt-shallow"], config=PromptConfig(num_tokens=20, deep=False))
+DEEP = SMALL_METHODS["vpt-deep"]
+LONG = replace(SMALL_METHODS["vpt-shallow"], config=PromptConfig(num_tokens=20, deep=False))
 TASKS = {
-    "digit": Task("Which digit is it?", {str(digit): [digit] for digit in digits.NEW}, DEEP),
+    "digit": Task("Which digit is it?", {str(digit): [digit] for digit in NEW}, DEEP),
     "parity": Task("Is it even?", {"even": [6, 8], "odd": [5, 7, 9]}, replace(DEEP, config=PromptConfig(num_tokens=5))),
     "loop": Task("Has it a loop?", {"loop": [6, 8, 9], "no loop": [5, 7]}, LONG),
-    "size": Task("How large is it?", {"5 or 6": [5, 6], "7": [7], "8 or 9": [8, 9]}, digits.SMALL_METHODS["linear"]),
+    "size": Task("How large is it?", {"5 or 6": [5, 6], "7": [7], "8 or 9": [8, 9]}, SMALL_METHODS["linear"]),
 }
 
 
@@ -139,10 +146,10 @@ def run(args: argparse.Namespace) -> None:
     """Pretrains a backbone, trains the adapters, runs a mixed batch, saves the adapters and reloads them."""
     backbone, adapters = args.output / "backbone", args.output / "adapters"
     print("1. Pretraining a small ViT on the handwritten digits 0 to 4.")
-    test_accuracy = digits.pretrain("vit", backbone, args.pretraining_epochs, args.seed)
+    test_accuracy = digit_sets.pretrain("vit", backbone, args.pretraining_epochs, args.seed)
     print(f"   Test accuracy {test_accuracy:.1f} %. Saved in {backbone}.\n")
 
-    train_set, test_set = digits.new_task(args.seed)
+    train_set, test_set = digit_sets.new_task(args.seed)
     print(f"2. Training {len(TASKS)} adapters on the frozen backbone: {len(train_set)} images of the digits 5 to 9.")
     model = load_backbone(str(backbone), list(next(iter(TASKS.values())).answers), args.seed)
     vpt = train_adapters(model, train_set, test_set, args)
@@ -173,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--epochs", type=int, default=15, help="per task (default: %(default)s)")
-    add("--pretraining-epochs", type=int, default=digits.PRETRAINING_EPOCHS, help="default: %(default)s")
+    add("--pretraining-epochs", type=int, default=digit_sets.PRETRAINING_EPOCHS, help="default: %(default)s")
     add("--images", type=int, default=8, help="images in the mixed batch (default: %(default)s)")
     add("--seed", type=int, default=0, help="random seed (default: 0)")
     add("--output", type=Path, default=Path("runs", "many-tasks"), help="output folder (default: %(default)s)")

@@ -11,11 +11,11 @@ import argparse
 import sys
 
 import torch
-from images import DataError, Preprocessing
 from transformers import AutoModelForImageClassification
 
 from vpt_peft import AutoVPTModel, PromptConfig, VPTError, get_vpt_model
 from vpt_peft.hub import check_model_name
+from vpt_peft.recipes.data.transforms import load_image_processor
 
 LABELS = ["cat", "dog", "owl"]
 
@@ -29,7 +29,7 @@ def share(repo_id: str, backbone: str, private: bool) -> None:
     vpt.print_trainable_parameters()
     # ... train it here ...
 
-    processor = Preprocessing.from_checkpoint(backbone).image_processor()
+    processor = load_image_processor(backbone)
     details = {"commit_message": "Upload an untrained adapter", "license": "mit"}
     commit = vpt.push_to_hub(repo_id, image_processor=processor, private=private, **details)
     print(f"Pushed to {commit.commit_url}")
@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         share(arguments.repo_id, arguments.backbone, arguments.private)
-    except (DataError, VPTError, OSError) as error:
+    except (VPTError, OSError) as error:
         sys.exit(str(error))
 
 

@@ -17,16 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import digits
 import torch
-from images import DataError, ImageSet, Preprocessing, augment, load_images
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
-from training import DEVICE, METHODS, accuracy, check_minimum, silence_transformers, table
 from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoTokenizer,
@@ -36,6 +33,16 @@ from transformers import (
 )
 
 from vpt_peft import VPTError, VPTModel
+from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.training.methods import METHODS
+from vpt_peft.recipes.training.models import silence_transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the loop in memory
+
+import digit_sets
+from harness import DEVICE, accuracy, check_minimum
+from image_sets import ImageSet, Preprocessing, augment, load_images
 
 NAMES = ("vpt-deep", "vpt-prefix")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -119,7 +126,7 @@ def pretrain(folder: Path, images: ImageSet, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     last = len(vocabulary) - 1  # CLIP reads a text at its largest token, here the name of the digit
     config = CLIPConfig(
-        vision_config={**LAYERS, "image_size": digits.SIZE, "patch_size": 8},
+        vision_config={**LAYERS, "image_size": digit_sets.SIZE, "patch_size": 8},
         text_config={
             **LAYERS, "vocab_size": len(vocabulary), "max_position_embeddings": 8, "eos_token_id": 2,
             "bos_token_id": last, "pad_token_id": 0,
@@ -145,7 +152,7 @@ def prepare(args: argparse.Namespace) -> tuple[str, ImageSet, ImageSet]:
     """The model's name or folder, training images and test images."""
     if args.model:
         return args.model, *load_images(args.data, Preprocessing.from_checkpoint(args.model), args.seed)
-    first, rest = replace(digits.load(), class_names=WORDS).split(0.5, args.seed)
+    first, rest = replace(digit_sets.load(), class_names=WORDS).split(0.5, args.seed)
     folder = args.output / "backbone"
     print("1. Training a tiny CLIP from scratch on handwritten digits.")
     pretrain(folder, first, args)
@@ -157,7 +164,7 @@ def compare(name: str, train_set: ImageSet, test_set: ImageSet, args: argparse.N
     """Prints the test accuracy without and with prompts, saves the adapters, and loads them again.
 
     Raises:
-        DataError: a reloaded adapter gives other logits.
+        RecipeError: a reloaded adapter gives other logits.
     """
 
     def load() -> Any:
@@ -179,7 +186,7 @@ def compare(name: str, train_set: ImageSet, test_set: ImageSet, args: argparse.N
         vpt.unload()
         again = VPTModel.from_pretrained(load(), folder)
         if not torch.equal(predict(again, classify_by(again, texts), test_set), predicted):
-            raise DataError(f"The adapter reloaded from {folder} must give the same logits, got others.")
+            raise RecipeError(f"The adapter reloaded from {folder} must give the same logits, got others.")
     print(f"{table(rows)}\n\nSaved the adapters in {args.output}; reloaded, they give the same logits.")
 
 
@@ -193,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{'' if args.model else '2. '}Tuning it to {len(train_set.class_names)} classes: {classes}, ...")
         print(f"   {len(train_set)} training images, {len(test_set)} test images, {args.epochs} epochs.\n")
         compare(name, train_set, test_set, args)
-    except (DataError, VPTError, OSError, ValueError) as error:
+    except (RecipeError, VPTError, OSError, ValueError) as error:
         sys.exit(str(error))
 
 

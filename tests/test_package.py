@@ -26,9 +26,44 @@ MODULES = {
 # Top first: a module imports only from modules further down.
 LAYERS = [
     "vpt_peft",
+    "vpt_peft.__main__",
+    "vpt_peft.recipes",
+    "vpt_peft.recipes.command",
+    "vpt_peft.recipes.options",
+    "vpt_peft.recipes.commands",
+    "vpt_peft.recipes.commands.sweep",
+    "vpt_peft.recipes.commands.train",
+    "vpt_peft.recipes.commands.evaluate",
+    "vpt_peft.recipes.commands.predict",
+    "vpt_peft.recipes.commands.push",
+    "vpt_peft.recipes.commands.info",
+    "vpt_peft.recipes.search",
+    "vpt_peft.recipes.search.on_ray",
+    "vpt_peft.recipes.search.space",
+    "vpt_peft.recipes.search.trials",
+    "vpt_peft.recipes.training",
+    "vpt_peft.recipes.training.output",
+    "vpt_peft.recipes.training.repository",
+    "vpt_peft.recipes.training.task",
+    "vpt_peft.recipes.training.pretraining",
+    "vpt_peft.recipes.training.trainer",
+    "vpt_peft.recipes.training.models",
+    "vpt_peft.recipes.training.methods",
+    "vpt_peft.recipes.report",
+    "vpt_peft.recipes.report.plots",
+    "vpt_peft.recipes.report.metrics",
+    "vpt_peft.recipes.report.tables",
+    "vpt_peft.recipes.data",
+    "vpt_peft.recipes.data.digits",
+    "vpt_peft.recipes.data.transforms",
+    "vpt_peft.recipes.data.masks",
+    "vpt_peft.recipes.data.folders",
+    "vpt_peft.recipes.data.images",
+    "vpt_peft.recipes.errors",
     "vpt_peft.convert.__main__",
     "vpt_peft.convert",
     "vpt_peft.convert.command",
+    "vpt_peft.convert.options",
     "vpt_peft.convert.checkpoint",
     "vpt_peft.convert.official",
     "vpt_peft.convert.pth",
@@ -138,7 +173,8 @@ print(seen)
 
 
 def test_importing_the_package_does_nothing_else() -> None:
-    others = {line for path in MODULES.values() for line in others_imported_by(path)}
+    own = [path for name, path in MODULES.items() if not name.startswith("vpt_peft.recipes.")]  # which need an extra
+    others = {line for path in own for line in others_imported_by(path)}
     theirs = "\n".join(sorted(others))  # what other packages do when they are imported does not count
     script = [sys.executable, "-c", theirs + IMPORT_AND_TELL]
     run = subprocess.run(script, capture_output=True, text=True, check=True)

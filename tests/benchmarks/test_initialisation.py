@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import digits
+import harness
 import initialisation
 import pytest
 import torch
-import training
-from images import DataError, Preprocessing, load_images
+from image_sets import Preprocessing, load_images
 from transformers import ViTForImageClassification
+
+from vpt_peft.recipes.data.digits import small_classifier
+from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.training.methods import SMALL_METHODS
 
 Bench = Callable[..., list[dict[str, Any]]]
 QUICK = ["--epochs", "1", "--mae-epochs", "1", "--pretraining-epochs", "1"]
@@ -43,7 +46,7 @@ def test_the_table_has_a_column_for_each_initialisation(
 
     def tune(model: Any, method: Any, *rest: Any) -> Any:
         trained.append((method.title, method.learning_rate, method.initialisation))
-        return training.tune(model, method, *rest)
+        return harness.tune(model, method, *rest)
 
     monkeypatch.setattr(initialisation, "tune", tune)
     runs = bench(
@@ -58,7 +61,7 @@ def test_the_table_has_a_column_for_each_initialisation(
     assert {(run["method"], run["learning_rate"]) for run in runs} == {
         ("vpt-shallow", 1e-2), ("vpt-shallow", 1e-1), ("vpt-deep", 3e-3), ("vpt-deep", 3e-2),
     }  # fmt: skip
-    titles = {name: method.title for name, method in digits.SMALL_METHODS.items()}
+    titles = {name: method.title for name, method in SMALL_METHODS.items()}
     assert trained == [(titles[run["method"]], run["learning_rate"], run["initialisation"]) for run in runs]
     assert str(colors.parent) not in json.dumps(runs), "no paths of this machine"
 
@@ -87,7 +90,7 @@ def test_the_autoencoders_encoder_is_the_one_that_is_tuned(colors: Path, tmp_pat
     assert 0 < loss < 10
     torch.manual_seed(0)
     fresh = dict(initialisation.small_vit(32).vit.named_parameters())
-    loaded = training.load_backbone(str(tmp_path / "mae"), ["one", "two"], seed=0)
+    loaded = harness.load_backbone(str(tmp_path / "mae"), ["one", "two"], seed=0)
     assert isinstance(loaded, ViTForImageClassification) and loaded.config.model_type == "vit"
     same = [name for name, tensor in loaded.vit.named_parameters() if torch.equal(tensor.cpu(), fresh[name])]
     assert same == [], "weights that no pretraining has changed"
@@ -98,7 +101,7 @@ def test_the_autoencoders_encoder_is_the_one_that_is_tuned(colors: Path, tmp_pat
     encoder = {name: tensor.clone() for name, tensor in loaded.vit.state_dict().items()}
     initialisation.check_encoder(encoder, tmp_path / "mae")
     encoder["layernorm.bias"] += 1
-    with pytest.raises(DataError, match=r"these differ: layernorm\.bias\."):
+    with pytest.raises(RecipeError, match=r"these differ: layernorm\.bias\."):
         initialisation.check_encoder(encoder, tmp_path / "mae")
 
 
@@ -106,11 +109,11 @@ def test_prompts_start_as_the_method_says(colors: Path) -> None:
     train_set, _ = load_images(str(colors), Preprocessing(32), 0)
     prompts = {}
     for name in (None, "uniform", "sample", "mean"):
-        method = digits.SMALL_METHODS["vpt-deep"]
+        method = SMALL_METHODS["vpt-deep"]
         if name is not None:
             method = initialisation.Initialised(**vars(method), initialisation=name, images=train_set)
         torch.manual_seed(0)
-        model = digits.small_backbone("vit")
+        model = small_classifier("vit")
         torch.manual_seed(1)
         prompts[name] = method.attach(model).get_adapter_state_dict()["prompts.3"]
     assert torch.equal(prompts["uniform"], prompts[None])

@@ -1,12 +1,13 @@
-"""The command ``python -m vpt_peft.convert``."""
+"""The commands ``vpt-peft convert`` and ``python -m vpt_peft.convert``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from ..config import CHOICES
+from ..errors import CheckpointError
 from .checkpoint import convert
+from .options import add_options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,18 +22,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m vpt_peft.convert",
         description="Convert a checkpoint of the official VPT code (github.com/KMnP/vpt) to an adapter folder.",
+        allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", help="prompt_ep*.pth, or the state dict of a model as .pth or .safetensors")
-    parser.add_argument("--model", required=True, help="name or folder of the backbone, an image classification model")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write the adapter to")
-    parser.add_argument("--num-labels", type=int, help="number of labels; with --keep-head, of a new head")
-    parser.add_argument(
-        "--pooling", choices=CHOICES["pooling"], help="input of the head, if not the official code's default"
-    )
-    parser.add_argument("--keep-head", action="store_true", help="use the model's head, not the checkpoint's")
-    parser.add_argument("--shared", action="store_true", help="the checkpoint was trained with DEEP_SHARED")
-    parser.add_argument("--no-carry", action="store_true", help="the checkpoint was trained with FORWARD_DEEP_NOEXPAND")
+    add_options(parser)
     args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts a checkpoint, and prints what was read and written.
+
+    Args:
+        args: see :func:`add_options`.
+
+    Raises:
+        CheckpointError, OSError: it cannot be converted.
+    """
     try:
         result = convert(
             args.checkpoint,
@@ -44,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             keep_head=args.keep_head,
             num_labels=args.num_labels,
         )
-    except (ValueError, OSError) as error:  # VPTError is a ValueError; loading the model raises either
-        parser.error(str(error))
+    except ValueError as error:  # a VPTError, or from loading the model
+        raise CheckpointError(str(error)) from error
     print(f"Read {args.checkpoint}:")
     for name, shape in result.shapes.items():
         print(f"  {name} {shape}")

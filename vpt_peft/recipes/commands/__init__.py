@@ -1,0 +1,1 @@
+"""The subcommands of ``vpt-peft``, one module each, imported when they are run."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: methods, backbones, and what is added to transformers' Trainer."""
