@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from vpt_peft import PromptConfig
-
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_EXAMPLE = ["--epochs", "1", "--pretraining-epochs", "1", "--images", "6"]
 QUICK_BENCHMARK = [
@@ -28,84 +26,6 @@ def run(script: str, arguments: list[str], folder: Path) -> subprocess.Completed
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def captions(output: str, kind: str) -> list[str]:
-    """What stands behind ``kind:`` under the pictures, in the order of the batch."""
-    found = []
-    for line in output.splitlines():
-        parts = line.split(f"{kind}:")
-        found += [part.strip() for part in parts[1:]]
-    return found
-
-
-# -- the example ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The example's run, and the folder that it ran in."""
-    folder = tmp_path_factory.mktemp("example")
-    return run("examples/many_tasks.py", QUICK_EXAMPLE, folder), folder
-
-
-def test_the_example_runs_and_shows_what_each_task_reached(example: Any) -> None:
-    done, _ = example
-
-    assert done.returncode == 0, done.stderr
-    for task in TASKS:
-        assert f"| {task}" in done.stdout
-    assert "100%" in done.stderr, "progress bars"
-    assert "it/s" not in done.stdout
-
-
-def test_the_example_saves_an_image_processor_with_each_adapter(example: Any) -> None:
-    _, folder = example
-    for task in TASKS:
-        processor = json.loads((folder / "runs/many-tasks/adapters" / task / "preprocessor_config.json").read_text())
-        assert processor["crop_size"] == {"height": 32, "width": 32}
-
-
-def test_the_example_names_task_answer_and_truth_of_each_image(example: Any) -> None:
-    done, _ = example
-    allowed = {
-        "digit": {"5", "6", "7", "8", "9"},
-        "parity": {"even", "odd"},
-        "loop": {"loop", "no loop"},
-        "size": {"5 or 6", "7", "8 or 9"},
-    }
-
-    tasks = captions(done.stdout, "task")
-    assert tasks == [*TASKS, "digit", "parity"]
-    answers, truths = captions(done.stdout, "answer"), captions(done.stdout, "truth")
-    for task, answer, truth in zip(tasks, answers, truths, strict=True):
-        assert answer.removesuffix("WRONG").strip() in allowed[task]
-        assert truth in allowed[task]
-        assert answer.endswith("WRONG") == (answer != truth)
-
-
-def test_the_example_draws_each_image(example: Any) -> None:
-    done, _ = example
-
-    lines = done.stdout.splitlines()
-    last = max(index for index, line in enumerate(lines) if "task:" in line)
-    drawing = lines[last - 8 : last]
-    assert all(set(line) <= set(" .:*#@") for line in drawing)
-    assert sum(character in "#@" for line in drawing for character in line) > 20
-
-
-def test_the_example_saves_all_adapters_and_loads_them_back(example: Any) -> None:
-    done, folder = example
-
-    assert "bit-identical" in done.stdout
-    adapters = folder / "runs/many-tasks/adapters"
-    assert sorted(path.name for path in adapters.iterdir()) == sorted(TASKS)
-    configs = {task: json.loads((adapters / task / "adapter_config.json").read_text()) for task in TASKS}
-    assert [configs[task]["num_tokens"] for task in TASKS] == [PromptConfig().num_tokens, 5, 20, 0]
-    assert [len(configs[task]["id2label"]) for task in TASKS] == [5, 2, 2, 3]
-
-
-# -- the benchmark --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

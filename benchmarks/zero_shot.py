@@ -1,7 +1,7 @@
 """Tune a model of images and texts, such as CLIP, to classes that are given as texts, with prompts in its vision model.
 
-    python examples/zero_shot.py                                          # handwritten digits, no download
-    python examples/zero_shot.py --model openai/clip-vit-base-patch32 --data my-images --text "a photo of a {}"
+    python benchmarks/zero_shot.py                                          # handwritten digits, no download
+    python benchmarks/zero_shot.py --model openai/clip-vit-base-patch32 --data my-images --text "a photo of a {}"
 
 ``my-images`` contains one folder of images per class, or ``train`` and ``test`` with such folders. Each class is the
 text with the name of its folder. Without options, a tiny CLIP is trained from scratch on handwritten digits, and tuned
