@@ -120,7 +120,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
 
 def add_device(add: Callable[..., Any]) -> None:
     """Adds the option for the device."""
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:

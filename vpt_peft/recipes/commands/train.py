@@ -113,8 +113,6 @@ def train(args: argparse.Namespace, settings: Settings, method: Method, task: Ta
 def settings_of(args: argparse.Namespace) -> Settings:
     """The training settings of the command line, for the device that there is."""
     device = choose_device(args.device)
-    if device.index is not None and device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
     precision = choose_precision(args.precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("--precision fp16 needs an accelerator. Use bf16 or fp32 on a CPU.")

@@ -42,7 +42,7 @@ UPERNET_WIDTH = 256
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of an option: "auto", or a type of device with an optional index.
+    """The device of an option: "auto", or a type of device. Trainer always takes the first one of its type.
 
     Raises:
         RecipeError: this machine has no such device.
@@ -53,13 +53,15 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(
-            f"--device must be auto, cpu or an accelerator such as cuda or cuda:1, got {name}."
-        ) from error
-    exists = device.type == "cpu" or (own is not None and device.type == own.type)
-    if not exists or (device.index or 0) >= (1 if device.type == "cpu" else torch.accelerator.device_count()):
-        found = f"cpu and {torch.accelerator.device_count()} x {own.type}" if own else "cpu only"
+        raise RecipeError(f"--device must be auto, cpu or an accelerator such as cuda, got {name}.") from error
+    if device.type != "cpu" and (own is None or device.type != own.type):
+        found = f"cpu and {own.type}" if own else "cpu only"
         raise RecipeError(f"--device {name} is not available: torch {torch.__version__} finds {found} here.")
+    if ":" in name:
+        raise RecipeError(
+            f"--device must be without a number, got {name}. Choose one of several GPUs by CUDA_VISIBLE_DEVICES="
+            f"{device.index}."
+        )
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from .models import (
 from .pretraining import pretrain_classifier, pretrain_segmenter
 from .trainer import Settings, drops_last
 
-KINDS = {"vit": "small ViT", "swin": "small Swin"}
-DIGITS, SCENES = "handwritten digits 5 to 9", "scenes with the digits 5 to 9"
+SMALL_BACKBONES = {"vit": "small ViT", "swin": "small Swin"}
+SMALL_DATA = {"classification": "handwritten digits 5 to 9", "segmentation": "scenes with the digits 5 to 9"}
 MIN_CROPS = {"classification": 0.08, "segmentation": 0.5}
 SMALL_MIN_CROPS = {"classification": 0.7, "segmentation": 1.0}  # small crops of a digit are unrecognisable
 BATCH_SIZES = {"classification": Settings.batch_size, "segmentation": 8}
@@ -74,41 +75,30 @@ class Task:
         Raises:
             RecipeError: the model or the dataset cannot be used.
         """
-        state = settings.process_state()
-        is_segmentation = args.task == "segmentation"
-        backbone, model, source, data = args.model, None, args.data, None
-        if args.model is None:
-            backbone = str(args.output / "backbone")
-            model = "small UperNet" if is_segmentation else KINDS[args.backbone]
-            source, data = str(args.output / "data"), SCENES if is_segmentation else DIGITS
-            if state.is_main_process:
-                _write_data(Path(source), is_segmentation, seed)
-            state.wait_for_everyone()
-        size = _size(args.image_size)
-        ignored = getattr(args, "ignore_index", VOID)
-        with state.main_process_first():
-            if is_segmentation:
-                splits, names = load_masks(Path(source), ignored)
-            else:
-                splits = load_data(source, seed, args.image_column, args.label_column)
-                names = splits["train"].features[LABEL].names
+        has_data = args.model is not None
+        source = args.data if has_data else str(args.output / "data")
+        with settings.process_state().main_process_first():
+            if not has_data:
+                _write_digits(args, Path(source), seed)
+            splits, names = _load_splits(args, source, seed)
         if args.max_train_samples is not None:
             splits["train"] = first_per_class(splits["train"], args.max_train_samples, seed)
-        if args.model is None and not (Path(backbone) / "model.safetensors").is_file():
-            _pretrain(args, Path(backbone), names, settings, seed, is_main=state.is_main_process)
-        if is_segmentation and args.model is not None and needs_decode_head(args.model):
-            backbone, model = str(args.output / "backbone"), f"{display_name(args.model)} with UperNet"
-            with state.main_process_first():
-                if not (Path(backbone) / "model.safetensors").is_file():
-                    save_upernet(args.model, Path(backbone), names, load_image_processor(args.model), seed)
-        processor = load_image_processor(backbone, size)
-        augmentation = RandomCropAndFlip(processed_size(processor), args.min_crop, args.flip, processor.resample)
-        name = data or display_name(source)
-        training_data = f"{name} (a folder)" if args.model and Path(source).is_dir() else name
+        backbone, model = _prepare_backbone(args, names, settings, seed)
+        processor = load_image_processor(backbone, None if args.image_size is None else _size(args.image_size))
+        name = display_name(source) if has_data else SMALL_DATA[args.task]
         return cls(
-            args.task, backbone, model or display_name(backbone), name, training_data, processor, splits, names,
-            augmentation, ignored, is_small=args.model is None,
-        )  # fmt: skip
+            kind=args.task,
+            backbone=backbone,
+            model=model,
+            data=name,
+            training_data=f"{name} (a folder)" if has_data and Path(source).is_dir() else name,
+            processor=processor,
+            splits=splits,
+            label_names=names,
+            augmentation=RandomCropAndFlip(processed_size(processor), args.min_crop, args.flip, processor.resample),
+            ignore_index=getattr(args, "ignore_index", VOID),
+            is_small=not has_data,
+        )
 
     @property
     def name(self) -> str:
@@ -223,28 +213,47 @@ def set_defaults(args: argparse.Namespace) -> None:
         raise RecipeError(f"--image-size must be one or two numbers, height and width, got {len(args.image_size)}.")
 
 
-def _size(values: list[int] | None) -> Size | None:
-    return None if values is None else (values[0], values[-1])
+def _size(values: Sequence[int]) -> Size:
+    return values[0], values[-1]
 
 
-def _write_data(folder: Path, is_segmentation: bool, seed: int) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if is_segmentation:
+def _write_digits(args: argparse.Namespace, folder: Path, seed: int) -> None:
+    if args.task == "segmentation":
         digits.write_scenes(folder, digits.NEW, {"train": digits.SCENES, "test": digits.SCENES}, seed + 1)
     else:
         digits.write_digits(folder, digits.NEW, 0.3, seed)
 
 
-def _pretrain(
-    args: argparse.Namespace, folder: Path, label_names: list[str], settings: Settings, seed: int, is_main: bool
-) -> None:
+def _load_splits(args: argparse.Namespace, source: str, seed: int) -> tuple[DatasetDict, list[str]]:
+    """The splits, and the names of the labels."""
     if args.task == "segmentation":
-        if is_main:
-            print("Pretraining a small UperNet on scenes with the handwritten digits 0 to 4.", flush=True)
-        pretrain_segmenter(folder, label_names, settings, seed)
-        return
-    if is_main:
-        print(f"Pretraining a {KINDS[args.backbone]} on the handwritten digits 0 to 4.", flush=True)
-    accuracy = pretrain_classifier(args.backbone, folder, settings, seed)
-    if is_main:
-        print(f"Its test accuracy is {accuracy:.1f} %.", flush=True)
+        return load_masks(Path(source), args.ignore_index)
+    splits = load_data(source, seed, args.image_column, args.label_column)
+    return splits, splits["train"].features[LABEL].names
+
+
+def _prepare_backbone(
+    args: argparse.Namespace, label_names: list[str], settings: Settings, seed: int
+) -> tuple[str, str]:
+    """The backbone's name or folder, and its name for reports. One that is not on the Hub is made in the output folder,
+    unless it is there already."""
+    folder, state = args.output / "backbone", settings.process_state()
+    exists = (folder / "model.safetensors").is_file()
+    if args.model is None:
+        name = "small UperNet" if args.task == "segmentation" else SMALL_BACKBONES[args.backbone]
+        if not exists:
+            if state.is_main_process:
+                print(f"Pretraining a {name} on the handwritten digits 0 to 4.", flush=True)
+            if args.task == "segmentation":
+                pretrain_segmenter(folder, label_names, settings, seed)
+            else:
+                accuracy = pretrain_classifier(args.backbone, folder, settings, seed)
+                if state.is_main_process:
+                    print(f"Its test accuracy is {accuracy:.1f} %.", flush=True)
+        return str(folder), name
+    if args.task == "segmentation" and needs_decode_head(args.model):
+        with state.main_process_first():
+            if not (folder / "model.safetensors").is_file():
+                save_upernet(args.model, folder, label_names, load_image_processor(args.model), seed)
+        return str(folder), f"{display_name(args.model)} with UperNet"
+    return args.model, display_name(args.model)
