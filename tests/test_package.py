@@ -35,6 +35,7 @@ LAYERS = [
     "vpt_peft.recipes.commands.train",
     "vpt_peft.recipes.commands.evaluate",
     "vpt_peft.recipes.commands.predict",
+    "vpt_peft.recipes.commands.explain",
     "vpt_peft.recipes.commands.push",
     "vpt_peft.recipes.commands.info",
     "vpt_peft.recipes.search",

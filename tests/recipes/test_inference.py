@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, CLIPConfig, CLIPModel
 
-from vpt_peft import AutoVPTModel, PromptConfig, get_vpt_model
+from vpt_peft import AutoVPTModel, PromptConfig, explain_attention, get_vpt_model
 from vpt_peft.recipes.commands import predict as predict_module
 from vpt_peft.recipes.data.transforms import read_processor
 
@@ -287,3 +287,34 @@ def test_info_says_what_is_no_adapter(
     pytest.importorskip("peft")
     train("--method", "lora")
     assert "got an adapter of PEFT (LORA)" in refused("info", tmp_path / "out")
+
+
+# -- explain ----------------------------------------------------------------------------------------------------------
+
+
+def test_explain_draws_the_attention_and_prints_the_share_of_the_prompts(
+    adapter: Path, command: Command, tmp_path: Path
+) -> None:
+    picture = tmp_path / "pictures" / "explain.png"
+    picture.parent.mkdir()
+    image = tmp_path / "colors/test/red/3.png"
+    done = command("explain", adapter, image, "--layers", 0, 1, "--output", picture)
+    assert done.code == 0, done.err
+    explanation = explain_attention(AutoVPTModel.from_pretrained(adapter), prepared(adapter, image))
+    for layer in explanation.with_adapter:
+        assert layer.prompt_share is not None and f"{layer.prompt_share:.1%}" in done.out
+    with Image.open(picture) as drawn:
+        assert min(drawn.size) > 200 and len(drawn.convert("RGB").getcolors(1 << 20) or ()) > 20
+
+
+def prepared(adapter: Path, image: Path) -> torch.Tensor:
+    """The pixel values of an image."""
+    return read_processor(str(adapter))(Image.open(image).convert("RGB"), return_tensors="pt").pixel_values
+
+
+def test_explain_refuses_what_it_cannot_draw(adapter: Path, command: Command, tmp_path: Path) -> None:
+    image = tmp_path / "colors/test/red/3.png"
+    assert "from 0 to 1" in command("explain", adapter, image, "--layers", 7).err
+    assert "nothing.png" in command("explain", adapter, tmp_path / "nothing.png").err
+    done = command("explain", adapter, image, "--output", tmp_path / "explain.txt")
+    assert done.code == 2 and ".txt" in done.err

@@ -43,6 +43,9 @@ COMMANDS = {
     "sweep": Command("search for the best hyperparameters", options.add_sweep, "vpt_peft.recipes.commands.sweep"),
     "evaluate": Command("measure an adapter on images", options.add_evaluate, "vpt_peft.recipes.commands.evaluate"),
     "predict": Command("label images", options.add_predict, "vpt_peft.recipes.commands.predict"),
+    "explain": Command(
+        "draw what prompts do to the attention", options.add_explain, "vpt_peft.recipes.commands.explain"
+    ),
     "info": Command("show what an adapter is", options.add_info, "vpt_peft.recipes.commands.info"),
     "convert": Command("convert a checkpoint of the official VPT code", add_convert, "vpt_peft.convert.command"),
     "push": Command("upload a fine-tuned model to the Hub", options.add_push, "vpt_peft.recipes.commands.push"),

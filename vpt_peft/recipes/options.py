@@ -209,6 +209,20 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    """Options of ``explain``."""
+    add = parser.add_argument
+    add("adapter", help="folder or Hub repository of an adapter")
+    add("image", type=Path, help="an image file")
+    add("--layers", type=at_least(0), nargs="+", help="layers to draw, from 0 (default: four, evenly spaced)")
+    add(
+        "--query",
+        choices=("class", "patches"),
+        help="whose attention: that of [CLS], or the mean over the patches (default: what the head reads)",
+    )
+    add("--output", type=Path, default=Path("explain.png"), help="the picture (default: %(default)s)")
+
+
 def add_push(parser: argparse.ArgumentParser) -> None:
     """Options of ``push``."""
     add = parser.add_argument

@@ -1,0 +1,21 @@
+"""``vpt-peft explain``: a picture of what prompts do to the attention to an image."""
+
+from __future__ import annotations
+
+import argparse
+
+from ...explanation import explain
+from ..report.tables import table
+from ..training.models import silence_transformers
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    silence_transformers()
+    explanation = explain(args.adapter, args.image, args.layers, args.output, args.query)
+    rows = [("Layer", "Attention to the prompts")]
+    for index, layer in zip(explanation.layers, explanation.with_adapter, strict=True):
+        share = layer.prompt_share
+        rows.append((str(index), "no prompts" if share is None else f"{share:.1%}"))
+    print(table(rows))
+    print(f"Saved in {args.output}.")
