@@ -203,7 +203,8 @@ def _refuse_change(config: PromptConfig, name: str, *value: Any) -> NoReturn:
 
 
 _NOT_OF_PEFT = (
-    "It is used with vpt_peft.get_vpt_model(model, config), and not with functions of PEFT, such as get_peft_model."
+    "It is used with vpt_peft.get_vpt_model(model, config), and not with functions of PEFT, such as get_peft_model, "
+    "which take a vpt_peft.peft.VPTConfig."
 )
 PromptConfig.__setattr__ = PromptConfig.__delattr__ = _refuse_change  # type: ignore[method-assign,assignment]
 

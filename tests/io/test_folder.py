@@ -424,3 +424,17 @@ def test_an_adapter_for_another_architecture_names_both(vit: Tiny, swin: Tiny, t
         VPTModel.from_pretrained(tiny_vit(hidden_size=48).model, tmp_path / "vit")
     with pytest.raises(CheckpointError, match=r"for a 'swin' backbone .* got ViTForImageClassification"):
         vpt.load_adapter(tmp_path / "swin", "default")
+
+
+def test_tensors_that_transformers_has_saved_with_a_prefix_are_read(vit: Tiny, tmp_path: Path) -> None:
+    vpt = vit.prompted()
+    vpt.save_pretrained(tmp_path)
+    tensors = get_adapter_state_dict(vpt)
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / WEIGHTS)
+    assert_same(get_adapter_state_dict(VPTModel.from_pretrained(tiny_vit().model, tmp_path)), tensors)
+    first, *others = tensors
+    save_file(
+        {first: tensors[first], **{f"base_model.model.{name}": tensors[name] for name in others}}, tmp_path / WEIGHTS
+    )
+    with pytest.raises(CheckpointError, match=r"unexpected: base_model\.model\."):
+        VPTModel.from_pretrained(tiny_vit().model, tmp_path)

@@ -40,8 +40,8 @@ SEALED = (
 
 
 @dataclass(frozen=True)
-class SavedAdapter:
-    """The content of an adapter folder.
+class SavedConfig:
+    """The content of ``adapter_config.json``.
 
     Attributes:
         labels: ``id2label``, ``label2id`` and ``problem_type``.
@@ -49,7 +49,6 @@ class SavedAdapter:
         model_class: name of the backbone's class; None in older files, and for classes outside of transformers.
         head: classes of the head's output layers by path, as they are in the file; None in files of other tools.
         fingerprint: of the backbone; None in files of other tools.
-        weights: the weights file, open.
     """
 
     config: PromptConfig
@@ -59,7 +58,22 @@ class SavedAdapter:
     widths: Any
     head: Any
     fingerprint: Fingerprint | None
+
+
+@dataclass(frozen=True)
+class SavedAdapter(SavedConfig):
+    """The content of an adapter folder, with its weights file, open."""
+
     weights: Weights
+
+
+def parse_config(values: Mapping[str, Any]) -> SavedConfig:
+    """The content of ``adapter_config.json``, given as the JSON object in it.
+
+    Raises:
+        CheckpointError: a value is missing or not valid.
+    """
+    return SavedConfig(*_parse(values))
 
 
 def pack_config(adapter: Adapter, fingerprint: Fingerprint) -> bytes:
@@ -125,6 +139,21 @@ def load_adapter(
     Raises:
         CheckpointError: the folder is damaged, or the adapter was made for another backbone.
     """
+    adapter = make_adapter(saved, backbone, fingerprint, is_trainable)
+    check_shapes(adapter.state_dict(), saved.weights.shapes)
+    adapter.materialize(backbone.device, dtype)
+    load_state_dict(adapter, saved.weights.tensors())
+    return adapter
+
+
+def make_adapter(
+    saved: SavedConfig, backbone: Backbone, fingerprint: Fingerprint | None, is_trainable: bool = False
+) -> Adapter:
+    """An adapter with the config and labels of a saved one, on the meta device; see :func:`load_adapter`.
+
+    Raises:
+        CheckpointError: no such adapter can be created, or it was made for another backbone.
+    """
     _check_backbone(saved, backbone, fingerprint)
     config = saved.config.replace(inference_mode=not is_trainable)
     try:  # on the meta device: no memory is allocated until the shapes are known to match
@@ -133,9 +162,6 @@ def load_adapter(
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"No adapter with the values of {CONFIG_NAME} can be created: {reason}.") from error
     _check_head(saved, adapter)
-    check_shapes(adapter.state_dict(), saved.weights.shapes)
-    adapter.materialize(backbone.device, dtype)
-    load_state_dict(adapter, saved.weights.tensors())
     return adapter
 
 
@@ -178,7 +204,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Iterator[SavedAdapter]:
             values = weights.config  # saving was interrupted between the two files
         saved = SavedAdapter(*_parse(values), weights)
         if weights.config not in (None, values):
-            _check_sealed(saved, SavedAdapter(*_parse(weights.config), weights))
+            _check_sealed(saved, parse_config(weights.config))
         yield saved
 
 
@@ -255,7 +281,7 @@ def _parse(
         raise CheckpointError(f"{CONFIG_NAME} is not valid: {error}") from error
 
 
-def _check_sealed(saved: SavedAdapter, sealed: SavedAdapter) -> None:
+def _check_sealed(saved: SavedConfig, sealed: SavedConfig) -> None:
     """Raises CheckpointError if the config file and the weights belong to different adapters."""
     values, expected = (
         {
@@ -278,7 +304,7 @@ def _check_sealed(saved: SavedAdapter, sealed: SavedAdapter) -> None:
         )
 
 
-def _check_backbone(saved: SavedAdapter, backbone: Backbone, fingerprint: Fingerprint | None) -> None:
+def _check_backbone(saved: SavedConfig, backbone: Backbone, fingerprint: Fingerprint | None) -> None:
     """Raises CheckpointError, naming both, if an adapter was made for another backbone."""
     name = saved.config.base_model_name_or_path
     if (saved.model_type, saved.widths) != (backbone.model_type, backbone.widths):
@@ -292,7 +318,7 @@ def _check_backbone(saved: SavedAdapter, backbone: Backbone, fingerprint: Finger
         check_fingerprint(saved.fingerprint, fingerprint, name)
 
 
-def _check_head(saved: SavedAdapter, adapter: Adapter) -> None:
+def _check_head(saved: SavedConfig, adapter: Adapter) -> None:
     """Raises CheckpointError if a head of the user's own was saved, and the backbone has another, or the reverse."""
     if saved.head not in (None, adapter.head_classes):
         raise CheckpointError(

@@ -27,6 +27,7 @@ from .atomic import read_unreplaced
 KEY = "vpt_peft"
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 10_000  # many more than adapters have
+PEFT_PREFIX = "base_model.model."  # of each name in files that transformers has saved, see vpt_peft.peft
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Weights:
         shapes: ``{name: shape}`` of its tensors, none of which has been read.
         config: the config that was saved with them; None without a seal.
         replaces: hash of the config file that was replaced.
+        prefix: of the names in the file.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Weights:
     config: dict[str, Any] | None
     replaces: str
     seal: str
+    prefix: str = ""
 
     def tensors(self) -> dict[str, Tensor]:
         """Reads the tensors.
@@ -53,7 +56,7 @@ class Weights:
             CheckpointError: they are not those that were saved.
         """
         try:
-            tensors = {name: self.file.get_tensor(name) for name in self.shapes}
+            tensors = {name: self.file.get_tensor(self.prefix + name) for name in self.shapes}
         except (SafetensorError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"'{self.path}' contains a tensor that cannot be read: {_reason(error)}.") from error
         if self.config is not None and self.seal != _seal(tensors, self.config, self.replaces):
@@ -100,8 +103,9 @@ def open_weights(path: Path) -> Iterator[Weights]:
             raise CheckpointError(
                 f"'{path}' must contain the tensors of an adapter, at most {MAX_TENSORS:,}, got {len(names):,}."
             )
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        yield Weights(path, file, shapes, *_read_seal(path, file.metadata() or {}))
+        prefix = PEFT_PREFIX if all(name.startswith(PEFT_PREFIX) for name in names) else ""
+        shapes = {name.removeprefix(prefix): tuple(file.get_slice(name).get_shape()) for name in names}
+        yield Weights(path, file, shapes, *_read_seal(path, file.metadata() or {}), prefix)
 
 
 def digest(content: bytes) -> str:

@@ -225,6 +225,12 @@ def storage_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) ->
     return asked
 
 
+TO_HAVE_BOTH = (
+    "To have both, train that first, merge it into the weights (merge_and_unload()) and save the result as a "
+    "checkpoint; then train prompts on the checkpoint."
+)
+
+
 class ReadOnlyConfigs(dict[str, PromptConfig]):
     """The configs of a model's adapters, to which PEFT's functions would add those of their own."""
 
@@ -232,7 +238,7 @@ class ReadOnlyConfigs(dict[str, PromptConfig]):
         raise AdapterError(
             "The adapters of a VPTModel are made by vpt.add_adapter(name, PromptConfig(...)), and removed by "
             "vpt.delete_adapter(name), got a change of vpt.peft_config. A VPTModel takes no adapters of PEFT, such as "
-            "LoRA."
+            f"LoRA. {TO_HAVE_BOTH}"
         )
 
     def __reduce__(self) -> Any:
