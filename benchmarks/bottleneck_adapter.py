@@ -65,7 +65,7 @@ class Adapter(Method):
 
     dim: int = 8
 
-    def attach(self, model: Any, **_: Any) -> BottleneckModel:
+    def attach(self, model: Any, task_type: str = "IMAGE_CLASSIFICATION", **_: Any) -> BottleneckModel:
         return BottleneckModel(model, self.dim)
 
 

@@ -67,9 +67,9 @@ class Initialised(Method):
     initialisation: str = "uniform"
     images: ImageSet | None = None
 
-    def attach(self, model: Any, **labels: Any) -> VPTModel:
+    def attach(self, model: Any, task_type: str = "IMAGE_CLASSIFICATION", **labels: Any) -> VPTModel:
         """The backbone with the adapter and its initial prompts."""
-        vpt: VPTModel = super().attach(model, **labels)
+        vpt: VPTModel = super().attach(model, task_type, **labels)
         if self.initialisation != "uniform":
             assert self.images is not None
             order = torch.randperm(len(self.images)).split(64)

@@ -127,7 +127,7 @@ LAYERS = [
     "vpt_peft.adapter.prompts",
     "vpt_peft.adapter.projection_cache",
     "vpt_peft.backbones",
-    "vpt_peft.backbones.classifier",
+    "vpt_peft.backbones.added_heads",
     "vpt_peft.backbones.backbone",
     "vpt_peft.backbones.unsupported",
     "vpt_peft.backbones.vit",

@@ -25,6 +25,7 @@ from transformers import (
     BeitConfig,
     BeitForMaskedImageModeling,
     BeitImageProcessorPil,
+    BitImageProcessorPil,
     CLIPImageProcessorPil,
     PreTrainedTokenizerFast,
     Siglip2ImageProcessorPil,
@@ -165,6 +166,26 @@ def test_masks_have_the_size_of_the_image(build: Callable[[], Tiny], makes_masks
             assert torch.equal(mask == 255, labels == label) and set(mask.unique().tolist()) <= {0, 255}
     with pytest.raises(ValueError, match="Subtask panoptic is not supported"):
         pipe(images[0], subtask="panoptic")
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_masks_of_an_added_decode_head_cover_the_image_though_the_processor_crops(
+    is_loaded: bool, tmp_path: Path
+) -> None:
+    crop = BitImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path / "backbone")
+    model = ViTModel.from_pretrained(tmp_path / "backbone")
+    crop.save_pretrained(tmp_path / "backbone")
+    vpt = get_vpt_model(model, PromptConfig(task_type="SEMANTIC_SEGMENTATION"), num_labels=4).eval()
+    vpt.save_pretrained(tmp_path / "adapter")
+    pipe = pipeline(vpt, image_processor=crop) if is_loaded else pipeline(tmp_path / "adapter")
+    image = some_images()[0]
+    whole = crop(image, do_center_crop=False, size={"height": 32, "width": 32}, return_tensors="pt").pixel_values
+    labels = torch.nn.functional.interpolate(logits(vpt, whole), (image.height, image.width), mode="bilinear").argmax(1)
+    for one in pipe(image):
+        mask = torch.tensor(one["mask"].get_flattened_data()).view(image.height, image.width)
+        assert torch.equal(mask == 255, labels[0] == vpt.config.label2id[one["label"]])
+    assert crop.do_center_crop and crop.size["shortest_edge"] == 40
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Mapping
@@ -125,7 +126,8 @@ def pipeline(
             active adapter is used.
         task: None: the adapter's; any other is an error.
         image_processor: an image processor, or its folder or repository. None: the one that is saved with the adapter,
-            else the backbone's. With a model it must be given.
+            else the backbone's. With a model it must be given. For segmentation, one that crops the center resizes the
+            whole image instead, so that masks cover it.
         tokenizer: for dual encoders; None: the backbone's.
         revision, subfolder: of the adapter, as for :meth:`AutoVPTModel.from_pretrained`.
         token, cache_dir, local_files_only: as in ``huggingface_hub``.
@@ -166,6 +168,8 @@ def pipeline(
             "several layers. Call the model itself: AutoVPTModel.from_pretrained(...)(pixel_values).feature_maps."
         )
     image_processor = _load(transformers.AutoImageProcessor, image_processor, vpt, source, _image_size(vpt))
+    if task == "image-segmentation" and getattr(image_processor, "do_center_crop", False):
+        image_processor = _without_crop(image_processor)
     if PIPELINES[task]._load_tokenizer:
         tokenizer = _load(transformers.AutoTokenizer, tokenizer, vpt, source, {})
     return PIPELINES[task](
@@ -253,6 +257,13 @@ def _image_size(vpt: VPTModel) -> dict[str, Any]:
         return {}
     height, width = adapter.image_size
     return {"size": {"height": height, "width": width}, "do_center_crop": False}
+
+
+def _without_crop(image_processor: Any) -> Any:
+    """An image processor that resizes the whole image to the size that it would crop."""
+    image_processor = copy.copy(image_processor)
+    image_processor.do_center_crop, image_processor.size = False, image_processor.crop_size
+    return image_processor
 
 
 def _needs_interpolation(vpt: VPTModel, pixel_values: torch.Tensor) -> bool:

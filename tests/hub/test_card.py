@@ -307,6 +307,23 @@ def test_code_from_a_card_fits_the_task(
         assert capsys.readouterr().out.startswith("[")
 
 
+@pytest.mark.parametrize("has_own", [True, False], ids=["adapter's processor", "backbone's processor"])
+def test_code_from_a_card_segments_the_whole_image_by_an_added_decode_head(
+    has_own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path / "backbone")
+    crop = BeitImageProcessor(**SIZE, do_center_crop=True, crop_size={"height": 24, "width": 24})
+    crop.save_pretrained(tmp_path / "backbone")
+    model = ViTModel.from_pretrained(tmp_path / "backbone")
+    vpt = get_vpt_model(model, PromptConfig(task_type="SEMANTIC_SEGMENTATION"), num_labels=3)
+    own = ViTImageProcessor(**SIZE) if has_own else None
+    vpt.save_pretrained(tmp_path / "adapter", image_processor=own)
+    names = run_code((tmp_path / "adapter/README.md").read_text(), tmp_path, monkeypatch)
+    assert names["inputs"].pixel_values.shape == (1, 3, 32, 32)
+    assert names["mask"].shape == (names["image"].height, names["image"].width)
+    assert re.match(r"\['LABEL_", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
 @pytest.mark.parametrize("is_named", [True, False], ids=["named backbone", "unnamed backbone"])
 def test_code_from_a_card_compares_an_image_with_texts(

@@ -139,7 +139,7 @@ def test_images_of_several_tasks_with_poolings_of_their_own() -> None:
         vpt.set_adapter(name)
         alone = logits(vpt, pixel_values[row : row + 1])[0]
         torch.testing.assert_close(mixed[row, : len(alone)], alone, atol=1e-5, rtol=0)
-    with pytest.raises(AdapterError, match="ViTModel has no classifier of its own for images of '__base__'"):
+    with pytest.raises(AdapterError, match="ViTModel has no head of its own for images of '__base__'"):
         vpt(pixel_values, adapter_names=["default", "__base__", "pooled", "default"])
 
 

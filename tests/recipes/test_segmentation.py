@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import Tiny, tiny_beit_segmenter
+from helpers.models import VIT, Tiny, tiny_beit_segmenter
 from helpers.plots import assert_is_plot
 from PIL import ExifTags, Image
-from transformers import SwinConfig, SwinForImageClassification
+from transformers import Dinov2Config, Dinov2Model, SwinConfig, SwinForImageClassification
 
 from vpt_peft import AutoVPTModelForSemanticSegmentation
 from vpt_peft.recipes.data import digits
@@ -267,13 +267,42 @@ def test_a_segmentation_checkpoint_is_fine_tuned(method: str, command: Command, 
     assert command("evaluate", tmp_path / "out", "--data", scenes, "--ignore-index", 11).code == 0
 
 
-def test_a_model_without_segmentation_and_lora_are_refused(
+@pytest.mark.parametrize("options", [[], ["--image-size", 32, 48]], ids=["own size", "other size"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_a_checkpoint_without_segmentation_gets_a_linear_decode_head(
+    kind: str, options: list[Any], command: Command, tmp_path: Path, vit: Tiny
+) -> None:
+    model = vit.model if kind == "vit" else Dinov2Model(Dinov2Config(**{**VIT, "mlp_ratio": 2}))
+    model.save_pretrained(tmp_path / kind)
+    scenes, folder = make_scenes(tmp_path / "scenes", number=6), tmp_path / "out"
+    data = ["--model", tmp_path / kind, "--data", scenes, "--ignore-index", 11, "--epochs", 40, "--batch-size", 2]
+    data += ["--method", "vpt-prefix", "--min-crop", 1, *options]
+    done = command("train", "--task", "segmentation", *data, "--output", folder)
+    assert done.code == 0, done.err
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert f"The adapter has {size / 1e6:.2f} MB." in done.out and size < 60_000
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"]["pixel accuracy, %"] > 80, "the halves of the image"
+    vpt = AutoVPTModelForSemanticSegmentation.from_pretrained(folder)
+    assert type(vpt.get_base_model()).__name__ == {"vit": "ViTModel", "dinov2": "Dinov2Model"}[kind]
+    done = command("evaluate", folder, "--data", scenes, "--ignore-index", 11, "--output", tmp_path / "scores.json")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == results["confusion"]
+    done = command("predict", folder, scenes / "test/images/0.png", "--masks", tmp_path / "masks")
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "masks/0.png") as mask:
+        assert mask.size == (32, 32)
+
+
+def test_full_fine_tuning_without_a_decode_head_and_lora_are_refused(
     refused: Callable[..., str], tmp_path: Path, vit: Tiny
 ) -> None:
     vit.model.save_pretrained(tmp_path / "vit")
     options = ["--task", "segmentation", "--model", tmp_path / "vit", "--data", make_scenes(tmp_path / "scenes")]
     options += ["--ignore-index", 11, "--output", tmp_path / "out"]
-    assert "a Swin or a semantic segmentation checkpoint, got" in refused("train", *options)
+    assert "Full fine-tuning requires a model with a head, got ViTModel" in refused(
+        "train", *options, "--method", "full"
+    )
     tiny_beit_segmenter().model.save_pretrained(tmp_path / "beit")
     options = [*options, "--model", tmp_path / "beit", "--method", "lora", "--resume"]
     (tmp_path / "out/settings.json").unlink()

@@ -212,7 +212,7 @@ def test_a_model_without_a_classifier_gets_one_from_adapters_only(method: str, t
     if method == "lora":
         pytest.importorskip("peft")
     done = train("--method", method, model=other_backbone("dinov3_vit", tmp_path / "dinov3"), ok=False)
-    assert done.code == 2 and "requires a model with a classifier, got DINOv3ViTModel" in done.err
+    assert done.code == 2 and "requires a model with a head, got DINOv3ViTModel" in done.err
 
 
 def test_several_seeds_give_mean_and_standard_deviation(train: Train, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def _task_type(config: PromptConfig, backbone: Backbone) -> str:
 
 
 def _check_pooling(config: PromptConfig, backbone: Backbone) -> None:
-    if config.pooling in ADDED_POOLINGS and not backbone.has_added_classifier:
+    if config.pooling in ADDED_POOLINGS and not backbone.has_added_head:
         raise ConfigError(
             f'pooling="{config.pooling}" needs a classifier that is added to a model without one, got '
             f"{type(backbone.model).__name__}. Use another pooling, or the model class without a head and "

@@ -65,7 +65,7 @@ def copy_head(
     Raises:
         ConfigError: the model's head does not have the number of outputs in its config, or cannot be copied.
     """
-    if backbone.has_added_classifier:
+    if backbone.has_added_head and backbone.head.task_type in CLASSIFICATION_TASKS:
         joined = 2 if pooling == "class_and_image" else 1
         return nn.Linear(joined * backbone.num_features, num_labels, device=device)
     on_meta = device.type == "meta"

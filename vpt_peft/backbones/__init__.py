@@ -21,9 +21,9 @@ from . import (  # noqa: F401  registers the declarations
     vitpose,
     yolos,
 )
+from .added_heads import add_classifier, add_decode_head
 from .architecture import ARCHITECTURES, Architecture, Head, register_architecture
 from .backbone import Backbone, Layer, find_backbone, find_class, list_classes
-from .classifier import add_classifier
 
 __all__ = [
     "ARCHITECTURES",
@@ -32,6 +32,7 @@ __all__ = [
     "Head",
     "Layer",
     "add_classifier",
+    "add_decode_head",
     "find_backbone",
     "find_class",
     "list_classes",

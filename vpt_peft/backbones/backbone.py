@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError, safe_repr, truncate_list
+from ..errors import RouteError, UnsupportedModelError, safe_repr, truncate_list
 from .architecture import ARCHITECTURES, Architecture, Head
 from .unsupported import explain
 
@@ -189,8 +189,8 @@ class Backbone:
     mergings: dict[int, nn.Module]
 
     @property
-    def has_added_classifier(self) -> bool:
-        """Whether a classifier was added to the model, which has none, see :func:`~.classifier.add_classifier`."""
+    def has_added_head(self) -> bool:
+        """Whether a linear head was added to the model, which has none, see :mod:`.added_heads`."""
         return self.original is not self.model
 
     @property
@@ -221,6 +221,11 @@ class Backbone:
         return {
             module for path, root in self.model.named_modules() if path == self.head.pooler for module in root.modules()
         }
+
+    @property
+    def unread_pooler_modules(self) -> set[nn.Module]:
+        """Modules of a pooled output that no output depends on: they may differ, and be missing in a checkpoint."""
+        return self.pooler_modules & self.unread_modules
 
     @property
     def head_is_normed(self) -> bool:
@@ -271,6 +276,27 @@ class Backbone:
             tokens: ``(num_images, num_tokens, width)``, prefix and suffix tokens included.
         """
         return tokens[:, self.num_prefix_tokens : tokens.shape[1] - self.num_suffix_tokens]
+
+    def token_grid(self, images: Tensor, num_tokens: int) -> tuple[int, int]:
+        """Number of rows and columns of the tokens of the last layer, without prefix and suffix tokens.
+
+        Args:
+            images: ``(num_images, num_channels, height, width)``.
+            num_tokens: number of tokens of an image.
+
+        Raises:
+            RouteError: it is not that of the patches.
+        """
+        stride = self.patch_size * 2 ** len(self.mergings)
+        height, width = images.shape[-2:]
+        # a ViT cuts the rest of an image off, a Swin pads it
+        for rows, columns in ((height // stride, width // stride), (-(-height // stride), -(-width // stride))):
+            if rows * columns == num_tokens:
+                return rows, columns
+        raise RouteError(
+            f"The last layer of {type(self.original).__name__} must have a token for each {stride} x {stride} pixels, "
+            f"got {num_tokens} tokens for images of {height} x {width} pixels. Use images of a multiple of {stride}."
+        )
 
     @property
     def patch_size(self) -> int:

@@ -139,6 +139,7 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
             f'model = {backbone_class}.from_pretrained("{UNNAMED}")  # the backbone that the adapter was trained on',
             f"vpt = VPTModel.from_pretrained(model, {source})",
         ]
+    options = "" if has_processor else _without_crop(adapter)
     names += ["AutoTokenizer"] if adapter.config.task_type == "ZERO_SHOT_IMAGE_CLASSIFICATION" else []
     return "\n".join([
         "import torch",
@@ -148,11 +149,21 @@ def usage_code(adapter: Adapter, model_id: str, subfolder: str | None, has_proce
         f"from vpt_peft import {vpt_class}",
         "",
         *loading,
-        f"processor = {processor_class}.from_pretrained({source if has_processor else 'vpt.name_or_path'})",
+        f"processor = {processor_class}.from_pretrained({source if has_processor else 'vpt.name_or_path'}{options})",
         "",
         _reading(adapter),
         _prediction(adapter),
     ])  # fmt: skip
+
+
+def _without_crop(adapter: Adapter) -> str:
+    """Options of the backbone's image processor, made for classification, for a decode head that was added."""
+    is_added = adapter.config.task_type == "SEMANTIC_SEGMENTATION" and adapter.head.paths == ["classifier"]
+    size = getattr(adapter.model_config, "image_size", None)
+    if not is_added or size is None:
+        return ""
+    height, width = (size, size) if isinstance(size, int) else size
+    return f', do_center_crop=False, size={{"height": {height}, "width": {width}}}'
 
 
 def _source(model_id: str, subfolder: str | None) -> str:

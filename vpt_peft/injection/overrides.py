@@ -201,7 +201,7 @@ def pool_tokens(context: ForwardContext, batch: AdapterBatch, backbone: Backbone
         return batch.select(context.pooler_output)
     assert context.last_hidden_state is not None  # the encoder runs before the head
     hidden = batch.select(context.last_hidden_state)
-    if backbone.has_added_classifier and not backbone.architecture.normed_output:
+    if backbone.has_added_head and not backbone.architecture.normed_output:
         hidden = backbone.final_norm(hidden)
     class_token, tokens = hidden[:, 0], backbone.image_tokens(hidden)
     mask = None if context.token_mask is None else batch.select(context.token_mask)

@@ -106,13 +106,15 @@ class Fingerprint:
 
 @torch.no_grad()
 def take_fingerprint(backbone: Backbone) -> Fingerprint:
-    """The fingerprint of a live backbone without its head, and without sharded, offloaded and integer tensors."""
+    """The fingerprint of a live backbone without its head and a pooled output that is not read, and without sharded,
+    offloaded and integer tensors."""
     samples: dict[str, Tensor] = {}
     bits = 32
     heads = tuple(f"{path}." for path in backbone.head.paths)
+    unread = backbone.unread_pooler_modules
     for path, module in backbone.model.named_modules():
         prefix = f"{path}." if path else ""
-        if heads and prefix.startswith(heads):
+        if module in unread or (heads and prefix.startswith(heads)):
             continue
         quantized = is_quantized(module)
         if quantized and isinstance(module, nn.Linear) and not module.weight.is_meta:

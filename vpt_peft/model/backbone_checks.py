@@ -12,13 +12,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter import Adapter, make_labels
-from ..backbones import Backbone, add_classifier, find_backbone
+from ..backbones import Backbone, add_classifier, add_decode_head, find_backbone
 from ..config import CLASSIFICATION_TASKS
 from ..errors import AdapterError, ConfigError, truncate_list
 from ..injection import has_overrides
 from ..io import Fingerprint, take_fingerprint
 
 MAX_LISTED = 5
+ADDED_HEADS = {**dict.fromkeys(CLASSIFICATION_TASKS, "classifier"), "SEMANTIC_SEGMENTATION": "decode head"}
 
 
 def find_bare_backbone(model: nn.Module) -> Backbone:
@@ -43,35 +44,39 @@ def find_bare_backbone(model: nn.Module) -> Backbone:
     return find_backbone(model)
 
 
-def with_classifier(backbone: Backbone, task_type: str | None, labels: Mapping[str, Any]) -> Backbone:
-    """The backbone; with a linear classifier if that is the task of an adapter, and the model has no head.
+def with_head(backbone: Backbone, task_type: str | None, labels: Mapping[str, Any]) -> Backbone:
+    """The backbone; with a linear head for the task of an adapter if the model has none.
 
     Args:
         labels: of the adapter.
 
     Raises:
         ConfigError: there are no labels, or the task is that of other inputs.
+        UnsupportedModelError: the model has no tokens for a decode head.
     """
-    if task_type not in CLASSIFICATION_TASKS or backbone.head.task_type != "FEATURE_EXTRACTION":
+    if task_type not in ADDED_HEADS or backbone.head.task_type != "FEATURE_EXTRACTION":
         return backbone
+    name = ADDED_HEADS[task_type]
     expected = backbone.architecture.classification
-    if task_type != expected:
+    if task_type in CLASSIFICATION_TASKS and task_type != expected:
         raise ConfigError(
             f'The classifier that is added to {type(backbone.model).__name__} needs task_type="{expected}", got '
             f'"{task_type}", which is for other inputs than the model takes.'
         )
     if not any(labels.get(name) for name in ("num_labels", "id2label", "label2id")):
         raise ConfigError(
-            f"The classifier that is added to {type(backbone.model).__name__} needs labels, got none. Give num_labels "
+            f"The {name} that is added to {type(backbone.model).__name__} needs labels, got none. Give num_labels "
             "or id2label: get_vpt_model(model, config, num_labels=5)."
         )
-    return add_classifier(backbone, len(make_labels(backbone.model.config, labels)["id2label"]))
+    add_head = add_classifier if task_type in CLASSIFICATION_TASKS else add_decode_head
+    return add_head(backbone, len(make_labels(backbone.model.config, labels)["id2label"]))
 
 
 def warn_of_initialised_parts(backbone: Backbone, adapter: Adapter) -> None:
     """Warns of parts of the backbone that no checkpoint contained and that are not saved with the adapter."""
     copied = tuple(f"{path}." for path in (*backbone.head.paths, *adapter.modules_to_save.paths))
-    parameters = dict(backbone.model.named_parameters())
+    unread = {parameter for module in backbone.unread_pooler_modules for parameter in module.parameters()}
+    parameters = {name: one for name, one in backbone.model.named_parameters() if one not in unread}
     loaded = {name for name, parameter in parameters.items() if getattr(parameter, "_is_hf_initialized", False)}
     initialised = [name for name in parameters if name not in loaded and not (copied and name.startswith(copied))]
     if loaded and initialised:

@@ -40,7 +40,7 @@ from .backbone_checks import (
     find_bare_backbone,
     warn_of_float16_on_cpu,
     warn_of_initialised_parts,
-    with_classifier,
+    with_head,
 )
 from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits, mix_adapters, watch_gradients
 from .initialisation import check_init, collect_tokens, evaluating, write_prompts
@@ -69,7 +69,7 @@ class VPTModel(PreTrainedAdapterModel):
         check_adapter_name(adapter_name)
         pop_peft_options("get_vpt_model", labels)
         config = hub.add_provenance(config, backbone := find_bare_backbone(model))
-        backbone = with_classifier(backbone, config.task_type, labels)
+        backbone = with_head(backbone, config.task_type, labels)
         adapter = Adapter(config, backbone, labels)
         warn_of_float16_on_cpu(backbone, stacklevel=3)  # before anything is changed: warnings may be errors
         warn_of_initialised_parts(backbone, adapter)
@@ -156,7 +156,7 @@ class VPTModel(PreTrainedAdapterModel):
         source = check_options("VPTModel.from_pretrained", source, HUB_OPTIONS)
         backbone = find_bare_backbone(model)
         with hub.pulled(model_id, **source) as folder, io.open_folder(folder) as saved:
-            backbone = with_classifier(backbone, saved.config.task_type, saved.labels)
+            backbone = with_head(backbone, saved.config.task_type, saved.labels)
             fingerprint = io.take_fingerprint(backbone)
             adapter = io.load_adapter(saved, backbone, fingerprint if check_backbone else None, is_trainable, dtype)
         warn_of_float16_on_cpu(backbone, stacklevel=2)
@@ -304,9 +304,9 @@ class VPTModel(PreTrainedAdapterModel):
         if not torch.compiler.is_compiling():
             self._injector.check_modules()
         if adapter_names is not None:
-            if self.backbone.has_added_classifier and BASE in adapter_names:
+            if self.backbone.has_added_head and BASE in adapter_names:
                 raise AdapterError(
-                    f"{type(self.backbone.original).__name__} has no classifier of its own for images of '{BASE}'. "
+                    f"{type(self.backbone.original).__name__} has no head of its own for images of '{BASE}'. "
                     "Call the bare backbone for those, inside disable_adapter()."
                 )
             batches = mix_adapters(self._adapters, adapter_names, num_images)
@@ -701,7 +701,7 @@ def get_vpt_model(model: nn.Module, config: PromptConfig, adapter_name: str = "d
     """Freezes a vision transformer and adds prompts and a head that are trained.
 
     A model without a head gets a linear classifier with ``PromptConfig(task_type="IMAGE_CLASSIFICATION")``, for videos
-    ``"VIDEO_CLASSIFICATION"``, and labels.
+    ``"VIDEO_CLASSIFICATION"``, and labels; with ``"SEMANTIC_SEGMENTATION"`` a linear layer on the patch tokens.
 
     Args:
         model: a supported model of ``transformers``, such as ``ViTForImageClassification``.

@@ -66,19 +66,20 @@ class Method:
         rates = {"learning rate": self.learning_rate, "head learning rate": head}
         return rates if self.bias_learning_rate is None else {**rates, "bias learning rate": self.bias_learning_rate}
 
-    def attach(self, model: Any, **labels: Any) -> Any:
+    def attach(self, model: Any, task_type: str = "IMAGE_CLASSIFICATION", **labels: Any) -> Any:
         """The model to train: the backbone with an adapter or, for full fine-tuning, the backbone itself.
 
         Args:
-            labels: ``id2label`` and ``label2id`` for the classifier that a backbone without one gets; else none.
+            task_type: task of the linear head that a backbone without a head gets.
+            labels: ``id2label`` and ``label2id`` for that head; else none.
         """
         if self.config is None:
             if labels:
-                raise RecipeError(f"{self.title} requires a model with a classifier, got {type(model).__name__}.")
+                raise RecipeError(f"{self.title} requires a model with a head, got {type(model).__name__}.")
             return model
         from ...model import get_vpt_model
 
-        config = self.config.replace(task_type="IMAGE_CLASSIFICATION") if labels else self.config
+        config = self.config.replace(task_type=task_type) if labels else self.config
         return get_vpt_model(model, config, **labels)
 
     def parameter_groups(self, model: Any, weight_decay: float) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ class LoRA(Method):
     rank: int = 8
     alpha: int = 16
 
-    def attach(self, model: Any, **labels: Any) -> Any:
+    def attach(self, model: Any, task_type: str = "IMAGE_CLASSIFICATION", **labels: Any) -> Any:
         """A ``PeftModel`` that trains the low-rank updates and the head."""
         try:
             from peft import LoraConfig, get_peft_model  # optional dependency
@@ -105,7 +106,7 @@ class LoRA(Method):
         from ...backbones import find_backbone
 
         if labels:
-            raise RecipeError(f"LoRA requires a model with a classifier, got {type(model).__name__}.")
+            raise RecipeError(f"LoRA requires a model with a head, got {type(model).__name__}.")
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=find_projections(model),
             modules_to_save=list(find_backbone(model).head.paths),

@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -99,8 +100,8 @@ def load_classifier(name: str, label_names: Sequence[str], seed: int, precision:
     return model
 
 
-def needs_decode_head(name: str) -> bool:
-    """Whether a checkpoint is a Swin without a decode head."""
+def gets_upernet(name: str) -> bool:
+    """Whether a checkpoint is a Swin without a decode head. UperNet reads the feature maps of all of its stages."""
     return bool(AutoConfig.from_pretrained(name).model_type == "swin")
 
 
@@ -112,16 +113,16 @@ def save_upernet(swin: str, folder: Path, label_names: Sequence[str], processor:
 
 
 def load_segmenter(name: str, label_names: Sequence[str], seed: int) -> Any:
-    """Loads a segmentation checkpoint in float32 for these labels."""
+    """Loads a checkpoint in float32 for these labels.
+
+    Without a segmentation model of its family, the model has no head: adapters add one.
+    """
     torch.manual_seed(seed)
-    try:
-        return AutoModelForSemanticSegmentation.from_pretrained(
-            name, ignore_mismatched_sizes=True, dtype=torch.float32, **labels_of(label_names)
-        )
-    except ValueError as error:
-        raise RecipeError(
-            f"The model must be a Swin or a semantic segmentation checkpoint, got '{name}': {error}"
-        ) from error
+    if type(AutoConfig.from_pretrained(name)) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+        return AutoModel.from_pretrained(name, dtype=torch.float32)
+    return AutoModelForSemanticSegmentation.from_pretrained(
+        name, ignore_mismatched_sizes=True, dtype=torch.float32, **labels_of(label_names)
+    )
 
 
 def upernet(swin: str | SwinConfig, label_names: Sequence[str], width: int) -> Any:

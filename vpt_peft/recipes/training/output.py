@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from ...hub import CardContent, update_card
+from ...io import WEIGHTS_NAME
 from ...model import VPTModel
 from ..data.folders import IMAGE
 from ..errors import RecipeError
@@ -146,7 +147,10 @@ class Report:
             scores = [run.scores.main for run in self.runs]
             mean, deviation = statistics.mean(scores), statistics.stdev(scores)
             print(f"Mean and standard deviation over {len(self.runs)} seeds: {mean:.1f} ± {deviation:.1f} %.")
-        print(f"Saved in {self.folder}: {self.method.title} of seed {first.seed}, results.json and plots.")
+        size = ""
+        if isinstance(first.model, VPTModel):
+            size = f" The adapter has {(self.folder / WEIGHTS_NAME).stat().st_size / 1e6:.2f} MB."
+        print(f"Saved in {self.folder}: {self.method.title} of seed {first.seed}, results.json and plots.{size}")
         if hub_error:
             raise hub_error
         if self.repository:

@@ -20,10 +20,10 @@ from ..report.metrics import Metric
 from .methods import METHODS, SEGMENTATION_METHODS, SMALL_METHODS, Method
 from .models import (
     fit_to_size,
+    gets_upernet,
     labels_of,
     load_classifier,
     load_segmenter,
-    needs_decode_head,
     save_upernet,
     say,
     stored_dtype,
@@ -36,6 +36,8 @@ SMALL_DATA = {"classification": "handwritten digits 5 to 9", "segmentation": "sc
 MIN_CROPS = {"classification": 0.08, "segmentation": 0.5}
 SMALL_MIN_CROPS = {"classification": 0.7, "segmentation": 1.0}  # small crops of a digit are unrecognisable
 BATCH_SIZES = {"classification": Settings.batch_size, "segmentation": 8}
+TASK_TYPES = {"classification": "IMAGE_CLASSIFICATION", "segmentation": "SEMANTIC_SEGMENTATION"}
+WITH_HEAD = ("ForImageClassification", "ForImageClassificationWithTeacher", "ForSemanticSegmentation")
 SMALL_EPOCHS = {"classification": 25, "segmentation": 15}  # the datasets are small
 
 
@@ -146,12 +148,10 @@ class Task:
 
     def attach(self, method: Method, model: Any) -> Any:
         """The model to train, see :meth:`Method.attach`, for images of this size."""
-        has_head = self.kind == "segmentation" or getattr(type(model), "__name__", "").endswith(
-            ("ForImageClassification", "ForImageClassificationWithTeacher")
-        )
+        has_head = type(model).__name__.endswith(WITH_HEAD)
         if self.kind == "segmentation" and type(method) is not Method:
             raise RecipeError(f"{method.title} is for classification only. Choose another --method.")
-        tuned = method.attach(model, **({} if has_head else labels_of(self.label_names)))
+        tuned = method.attach(model, TASK_TYPES[self.kind], **({} if has_head else labels_of(self.label_names)))
         fit_to_size(tuned, self.size)
         return tuned
 
@@ -251,7 +251,7 @@ def _prepare_backbone(
                 if state.is_main_process:
                     print(f"Its test accuracy is {accuracy:.1f} %.", flush=True)
         return str(folder), name
-    if args.task == "segmentation" and needs_decode_head(args.model):
+    if args.task == "segmentation" and gets_upernet(args.model):
         with state.main_process_first():
             if not (folder / "model.safetensors").is_file():
                 save_upernet(args.model, folder, label_names, load_image_processor(args.model), seed)
