@@ -19,7 +19,7 @@ from ..errors import AdapterError, truncate_list
 from ..injection import ForwardContext
 from ..model import VPTModel
 from ..model.arguments import check_adapter_name
-from ..model.backbone_checks import check_untrained, find_bare_backbone, warn_of_float16_on_cpu, with_classifier
+from ..model.backbone_checks import check_untrained, find_bare_backbone, warn_of_float16_on_cpu, with_head
 from .config import VPTConfig
 
 MAX_LISTED = 5
@@ -58,7 +58,7 @@ class PromptedModel(VPTModel):
             super().__init__(model, _new_config(config, model), adapter_name, **config.labels())
             return
         check_adapter_name(adapter_name)
-        backbone = with_classifier(find_bare_backbone(model), config.vpt_task_type, config.labels())
+        backbone = with_head(find_bare_backbone(model), config.vpt_task_type, config.labels())
         fingerprint = io.take_fingerprint(backbone)
         adapter = _make_unloaded(config, backbone, fingerprint)
         warn_of_float16_on_cpu(backbone, stacklevel=3)
