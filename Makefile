@@ -29,6 +29,8 @@ help:
 
 setup: $(VENV)/.installed
 
+# One thread: for a tiny model more are no faster, and on a busy machine several times slower.
+quickstart: export OMP_NUM_THREADS = 1
 quickstart: $(QUICKSTART)/.installed
 	$(QUICKSTART)/bin/vpt-peft train --output runs/quickstart --resume
 	$(QUICKSTART)/bin/vpt-peft predict runs/quickstart 'runs/quickstart/data/test/*/100*.png'

@@ -82,7 +82,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["sweep", "--trials", "0"], "--trials: must be a whole number of at least 1, got 0"),
         (["sweep", "--method", "linear"], "invalid choice: 'linear'"),
         (["predict"], "the following arguments are required: ADAPTER... IMAGE..."),
-        (["evaluate", "out"], "the following arguments are required: --data"),
+        (["evaluate", "out"], "the following arguments are required: --data. See vpt-peft evaluate --help."),
         (["nonsense"], "invalid choice: 'nonsense'"),
         ([], "the following arguments are required: COMMAND"),
     ],

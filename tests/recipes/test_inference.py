@@ -16,7 +16,7 @@ from helpers.hub_server import HubServer
 from helpers.models import Tiny, tiny_vit
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, CLIPConfig, CLIPModel
+from transformers import AutoModelForImageClassification, CLIPConfig, CLIPModel, ViTImageProcessorPil
 
 from vpt_peft import AutoVPTModel, PromptConfig, explain_attention, get_vpt_model
 from vpt_peft.recipes.commands import predict as predict_module
@@ -305,6 +305,19 @@ def test_explain_draws_the_attention_and_prints_the_share_of_the_prompts(
         assert layer.prompt_share is not None and f"{layer.prompt_share:.1%}" in done.out
     with Image.open(picture) as drawn:
         assert min(drawn.size) > 200 and len(drawn.convert("RGB").getcolors(1 << 20) or ()) > 20
+
+
+def test_explain_computes_in_float32_whatever_the_backbone_is_stored_in(
+    checkpoint: Path, command: Command, tmp_path: Path
+) -> None:
+    model = AutoModelForImageClassification.from_pretrained(checkpoint, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "half")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    get_vpt_model(model, PromptConfig(num_tokens=2)).save_pretrained(tmp_path / "adapter", image_processor=processor)
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")
+    done = command("explain", tmp_path / "adapter", tmp_path / "red.png", "--output", tmp_path / "explain.png")
+    assert done.code == 0 and "float16" not in done.err, done.err
 
 
 def prepared(adapter: Path, image: Path) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .. import hub
@@ -32,6 +33,7 @@ def explain(
     output: str | os.PathLike[str] = "explain.png",
     query: str | None = None,
     image_processor: Any = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Explanation:
     """Draws what the prompts of an adapter do to the attention of one image.
 
@@ -43,6 +45,7 @@ def explain(
         output: the picture, see :func:`~vpt_peft.explanation.draw_explanation`.
         query: see :func:`~vpt_peft.explanation.explain_attention`.
         image_processor: prepares the image; None: that of the adapter, else of its backbone.
+        dtype: precision of the backbone of an adapter, as for :meth:`AutoVPTModel.from_pretrained`.
 
     Returns:
         What has been drawn, as numbers.
@@ -58,7 +61,7 @@ def explain(
     if isinstance(adapter_or_model, VPTModel):
         vpt = adapter_or_model
     else:
-        vpt, folder = AutoVPTModel.from_pretrained(adapter_or_model), adapter_or_model
+        vpt, folder = AutoVPTModel.from_pretrained(adapter_or_model, dtype=dtype), adapter_or_model
     processor = image_processor or _load_processor(vpt, folder)
     inputs = dict(processor(image, return_tensors="pt"))
     pixel_values: Tensor = inputs.pop("pixel_values")

@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with a message and code 2."""
-        self.exit(2, f"{self.prog}: error: {one_line(message)} See {self.prog} --help.\n")
+        end = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"{self.prog}: error: {one_line(message)}{end} See {self.prog} --help.\n")
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Exits because of arguments that are unknown, with the option that was probably meant."""

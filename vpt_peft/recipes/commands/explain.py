@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from ...explanation import explain
 from ..report.tables import table
 from ..training.models import silence_transformers
@@ -12,7 +14,7 @@ from ..training.models import silence_transformers
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     silence_transformers()
-    explanation = explain(args.adapter, args.image, args.layers, args.output, args.query)
+    explanation = explain(args.adapter, args.image, args.layers, args.output, args.query, dtype=torch.float32)
     rows = [("Layer", "Attention to the prompts")]
     for index, layer in zip(explanation.layers, explanation.with_adapter, strict=True):
         share = layer.prompt_share

@@ -172,9 +172,10 @@ def _class_folders(folder: Path, is_train: bool = True) -> list[Path]:
         )
     if len(folders) < 2 and is_train:
         loose = _images_in(folder)
-        got = f"{len(loose)} images beside " if loose else ""
+        got = f"{len(loose)} image{'' if len(loose) == 1 else 's'} beside " if loose else ""
         raise RecipeError(
-            f"'{folder}' must contain {LAYOUT}, for at least two classes; got {got}{len(folders)} folders of classes."
+            f"'{folder}' must contain {LAYOUT}, for at least two classes; got {got}{len(folders)} "
+            f"folder{'' if len(folders) == 1 else 's'} of classes."
         )
     if empty and is_train:
         names = truncate_list([path.name for path in empty], MAX_LISTED)

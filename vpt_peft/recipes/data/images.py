@@ -12,7 +12,6 @@ from typing import TypeVar
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from ...errors import truncate_list
 from ..errors import RecipeError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -110,7 +109,8 @@ def check_all(check: Callable[[str], T], files: Sequence[str], title: str) -> li
                 problems.append(problem)
     if problems:
         number = f"{len(problems)} of {len(files)} files: " if len(problems) > 1 else ""
-        raise RecipeError(number + truncate_list(problems, MAX_LISTED))
+        more = f" And {len(problems) - MAX_LISTED:,} more." if len(problems) > MAX_LISTED else ""
+        raise RecipeError(number + " ".join(problems[:MAX_LISTED]) + more)
     return results
 
 
