@@ -434,6 +434,7 @@ def test_an_interrupt_of_the_process_ends_with_how_to_go_on(
     process = subprocess.Popen(
         [sys.executable, "-m", "vpt_peft", "train", *map(str, arguments)], env=environment, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )  # fmt: skip
     try:
         while not list(tmp_path.glob("out/seed-0/checkpoint-*/trainer_state.json")) and process.poll() is None:
