@@ -30,6 +30,8 @@ graphs = counters["stats"]["unique_graphs"]
 print(graphs, max((output - logits(vpt, tiny.pixel_values)).abs().max().item() for output in outputs) < 1e-5)
 """
 
+pytestmark = pytest.mark.compiles
+
 
 def test_a_compiled_model_needs_no_eager_call_in_a_new_process() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT, str(TESTS)], capture_output=True, text=True)

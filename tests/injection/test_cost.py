@@ -7,12 +7,10 @@ a query, an output projection or an MLP computed for prompts whose result nobody
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -225,31 +223,3 @@ def test_the_adapter_in_a_checkpoint_of_vit_b_takes_less_than_5_mb(tmp_path: Pat
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert (tmp_path / "model.safetensors").stat().st_size > 2_000_000
     assert size < 5_000_000, f"{size:,} bytes"
-
-
-def test_the_speed_benchmark_fills_its_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it measures is not asked here, only that each variant was measured."""
-    arguments = ["--backbone", "tiny-vit", "tiny-swin", "--tokens", "1", "3", "--batch", "2", "--runs", "2"]
-    import_module("speed").main([*arguments, "--output", str(tmp_path / "new" / "speed.json")])
-
-    head, rule, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert head[:4] == ["backbone", "work", "p", "keys and values, ms"]
-    assert set(rule) == {"---"} and len(rule) == len(head)
-    expected = [(one, work, p) for one in ("tiny-vit", "tiny-swin") for work in ("inference", "training") for p in "13"]
-    assert [tuple(line[:3]) for line in lines] == expected
-
-    reports = json.loads((tmp_path / "new" / "speed.json").read_text())
-    for report in reports:
-        assert report["environment"]["torch"] == torch.__version__
-        assert all(
-            len(one[work]) == 2 for one in report["seconds"] for work in ("inference", "training") if work in one
-        )
-    common = {"linear", "key_value", "prefix", "tokens"}
-    for row in (row for report in reports for row in report["rows"]):
-        names = common | {"bare" if row["work"] == "inference" else "full"}
-        names |= {"concatenated"} if row["backbone"] == "tiny-vit" else set()
-        assert set(row["milliseconds"]) == set(row["to_key_value"]) == names
-        assert row["to_key_value"]["key_value"] == 1
-        assert ("to_bare" in row) == (row["work"] == "inference")
