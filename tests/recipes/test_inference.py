@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.hub_server import HubServer
 from helpers.models import Tiny, tiny_vit
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, CLIPConfig, CLIPModel, ViTImageProcessorPil
@@ -23,6 +25,9 @@ from vpt_peft.recipes.commands import predict as predict_module
 from vpt_peft.recipes.data.transforms import read_processor
 
 Command = Callable[..., Any]
+needs_processor = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="AutoImageProcessor needs torchvision there"
+)
 Refused = Callable[..., str]
 
 
@@ -292,6 +297,7 @@ def test_info_says_what_is_no_adapter(
 # -- explain ----------------------------------------------------------------------------------------------------------
 
 
+@needs_processor
 def test_explain_draws_the_attention_and_prints_the_share_of_the_prompts(
     adapter: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -307,6 +313,7 @@ def test_explain_draws_the_attention_and_prints_the_share_of_the_prompts(
         assert min(drawn.size) > 200 and len(drawn.convert("RGB").getcolors(1 << 20) or ()) > 20
 
 
+@needs_processor
 def test_explain_computes_in_float32_whatever_the_backbone_is_stored_in(
     checkpoint: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -325,6 +332,7 @@ def prepared(adapter: Path, image: Path) -> torch.Tensor:
     return read_processor(str(adapter))(Image.open(image).convert("RGB"), return_tensors="pt").pixel_values
 
 
+@needs_processor
 def test_explain_refuses_what_it_cannot_draw(adapter: Path, command: Command, tmp_path: Path) -> None:
     image = tmp_path / "colors/test/red/3.png"
     assert "from 0 to 1" in command("explain", adapter, image, "--layers", 7).err
