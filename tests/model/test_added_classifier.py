@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import headless
+from helpers.headless import images
 from helpers.models import BEIT, SWIN, VIT, assert_same, logits
-from torch import Tensor
 from transformers import (
     BeitConfig,
     BeitModel,
@@ -48,18 +49,7 @@ CASES = [(name, pooling) for name, poolings in POOLINGS.items() for pooling in p
 
 
 def build(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def images(model: PreTrainedModel) -> Tensor:
-    return torch.randn(
-        4, 3, model.config.image_size, model.config.image_size, generator=torch.Generator().manual_seed(2)
-    )
+    return headless.build(MODELS[name])
 
 
 def classify(model: PreTrainedModel, pooling: str = "default", num_labels: int = 5, **config: Any) -> VPTModel:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import headless
 from helpers.families import all_families, some_images
+from helpers.headless import images
 from helpers.models import SWIN, VIT, assert_same, logits
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -49,17 +51,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def images(model: PreTrainedModel) -> Tensor:
-    side = model.config.image_size
-    return torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(2))
+    return headless.build(MODELS[name])
 
 
 def masks(height: int, width: int, num_labels: int = 5) -> Tensor:

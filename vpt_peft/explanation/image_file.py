@@ -15,7 +15,6 @@ from .. import hub
 from ..auto import AutoVPTModel
 from ..backbones import Backbone
 from ..errors import AdapterError
-from ..hub.transfer import PREPROCESSOR_NAME
 from ..model import VPTModel
 from .attention import Explanation, explain_attention
 from .drawing import check_output, draw_explanation
@@ -98,7 +97,7 @@ def _load_processor(vpt: VPTModel, adapter: str | os.PathLike[str] | None) -> An
 
     base = vpt.active_config.base_model_name_or_path
     in_folder = adapter is not None and hub.is_folder(adapter)
-    if adapter is not None and (not in_folder or Path(adapter, PREPROCESSOR_NAME).is_file()):
+    if adapter is not None and (not in_folder or Path(adapter, hub.PREPROCESSOR_NAME).is_file()):
         try:
             return AutoImageProcessor.from_pretrained(adapter, trust_remote_code=False)
         except OSError:
