@@ -1,5 +1,6 @@
 # make quickstart    create .venv-quickstart, fine-tune on handwritten digits and predict
 # make test          lint, type check and tests
+# make test-heavy    tests that compile or export models, or start servers
 # make test-thorough further models, for what `make test` shows on some
 # make test-oldest   tests with the oldest supported torch, transformers, huggingface_hub and safetensors
 # make test-timm     tests with timm, in .venv-timm: its torchvision may need another torch than the one of .venv
@@ -23,7 +24,7 @@ DOCS := .venv-docs
 # One thread per worker: more are no faster for tiny models, and workers would compete for cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup quickstart test lint format types tests test-oldest test-thorough test-timm package docs clean
+.PHONY: help setup quickstart test lint format types tests test-heavy test-oldest test-thorough test-timm package docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -52,11 +53,14 @@ types: setup
 tests: setup
 	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS)
 
+test-heavy: setup
+	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS) -m heavy
+
 test-thorough: setup
 	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS) -m thorough
 
 test-oldest: $(OLDEST)/.installed
-	$(PYTEST) $(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not compiles and not thorough"
+	$(PYTEST) $(OLDEST)/bin/python -m pytest -n $(WORKERS)
 
 test-timm: $(TIMM)/.installed
 	$(PYTEST) $(TIMM)/bin/python -m pytest -n $(WORKERS) -k timm tests/backbones/test_families.py tests/backbones/test_timm.py

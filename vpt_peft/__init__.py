@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .backbones import Architecture, Head, register_architecture
     from .check import ArchitectureReport, check_architecture
     from .config import PromptConfig
+    from .deploy import export
     from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
     from .explanation import Explanation, LayerAttention, draw_explanation, explain, explain_attention
     from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
@@ -64,6 +65,7 @@ __all__ = [
     "draw_explanation",
     "explain",
     "explain_attention",
+    "export",
     "get_adapter_state_dict",
     "get_vpt_model",
     "parameter_groups",
@@ -82,6 +84,7 @@ _MODULES = {
     "backbones": ("Architecture", "Head", "register_architecture"),
     "check": ("ArchitectureReport", "check_architecture"),
     "config": ("PromptConfig",),
+    "deploy": ("export",),
     "errors": ("AdapterError", "CheckpointError", "ConfigError", "RouteError", "UnsupportedModelError", "VPTError"),
     "explanation": ("Explanation", "LayerAttention", "draw_explanation", "explain", "explain_attention"),
     "model": ("VPTModel", "get_adapter_state_dict", "get_vpt_model", "set_adapter_state_dict"),

@@ -241,14 +241,13 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family) -> None:
 
 
 @each_family(lambda family: not family.same_layers and family.model_class not in COMPILED)
-@pytest.mark.compiles
 @pytest.mark.thorough
 def test_every_other_model_compiles_to_one_graph(family: Family) -> None:
     check_compiles(family)
 
 
 @each_family(lambda family: not family.same_layers and family.model_class in COMPILED)
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_a_model_compiles_to_one_graph(family: Family) -> None:
     check_compiles(family)
 

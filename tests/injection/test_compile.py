@@ -30,7 +30,7 @@ graphs = counters["stats"]["unique_graphs"]
 print(graphs, max((output - logits(vpt, tiny.pixel_values)).abs().max().item() for output in outputs) < 1e-5)
 """
 
-pytestmark = pytest.mark.compiles
+pytestmark = pytest.mark.heavy
 
 
 def test_a_compiled_model_needs_no_eager_call_in_a_new_process() -> None:

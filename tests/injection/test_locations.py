@@ -268,7 +268,7 @@ def test_lower_precision_gives_nearly_the_same(tiny: Tiny, config: dict[str, Any
 
 
 @on_backbones({name: LOCATIONS[name] for name in ("add", "pixel", "border", "channel")}, ("add",))
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_compiled_graphs_have_no_breaks(tiny: Tiny, config: dict[str, Any]) -> None:
     if tiny.name == "beit" and Version(transformers.__version__) < Version("5.23"):
         tiny.model.set_attn_implementation("eager")  # its mask for sdpa is boolean, and compiled a bias of 1

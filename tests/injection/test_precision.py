@@ -118,7 +118,7 @@ def test_half_precision_backbones(tiny: Tiny, config: dict[str, Any], dtype: tor
 
 
 @on_backbones(CONFIGS, ("deep", "pooled", "prefix"))
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change(
     tiny: Tiny, config: dict[str, Any]
 ) -> None:
@@ -169,7 +169,7 @@ each_broken = pytest.mark.parametrize("config", BROKEN.values(), ids=BROKEN)
 
 
 @each_broken
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_where_a_graph_breaks_the_parts_see_the_adapter_too(vit: Tiny, config: dict[str, Any]) -> None:
     vpt = _stirred(vit.prompted(**config))
     compiled = torch.compile(vpt, backend="eager")
@@ -181,7 +181,7 @@ def test_where_a_graph_breaks_the_parts_see_the_adapter_too(vit: Tiny, config: d
     assert counters["graph_break"]
 
 
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_where_a_graph_breaks_images_of_many_tasks_see_their_own_adapters(vit: Tiny) -> None:
     vpt = vit.prompted()
     vpt.add_adapter("shallow", PromptConfig(num_tokens=3, deep=False), num_labels=2)
@@ -196,7 +196,7 @@ def test_where_a_graph_breaks_images_of_many_tasks_see_their_own_adapters(vit: T
 
 
 @pytest.mark.parametrize("config", [BROKEN["deep"], BROKEN["biases"]], ids=["deep", "biases"])
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_layers_compiled_one_by_one_see_the_adapter(vit: Tiny, config: dict[str, Any]) -> None:
     vpt = _stirred(vit.prompted(**config)).train()
     loss, expected = step(vpt, vit)
@@ -208,7 +208,7 @@ def test_layers_compiled_one_by_one_see_the_adapter(vit: Tiny, config: dict[str,
 
 
 @each_broken
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_gradient_checkpointing_where_it_breaks_a_compiled_graph(vit: Tiny, config: dict[str, Any]) -> None:
     vpt = _stirred(vit.prompted(**config)).train()
     loss, expected = step(vpt, vit)

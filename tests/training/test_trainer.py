@@ -212,7 +212,7 @@ def test_gradient_checkpointing_changes_no_weight(tiny: Tiny, new: Any, trainer:
 @pytest.mark.parametrize(
     ("tiny", "how"), [("vit", "bf16"), ("swin", "bf16"), ("beit", "bf16"), ("vit", "compiled")], indirect=["tiny"]
 )
-@pytest.mark.compiles
+@pytest.mark.heavy
 def test_it_trains_in_bfloat16_and_compiled(tiny: Tiny, new: Any, trainer: Any, how: str) -> None:
     vpt = tiny.prompted()
     precisions = set()

@@ -203,10 +203,10 @@ def prefix_share(query: Tensor, scale: float | None, output: Tensor, read_by: Te
     """
     context = current_layer()
     prefixes = gather_prefixes(context, query.device) if context is not None else []
-    if not prefixes:
+    if context is None or not prefixes:
         return None
     of_image = output.transpose(1, 2)
-    of_prefix = attend_to_prefixes(torch.zeros_like(of_image), query, prefixes, 1, scale)
+    of_prefix = attend_to_prefixes(torch.zeros_like(of_image), query, prefixes, context.forward, scale)
     image, prefix = (part.flatten(2).float().norm(dim=-1) for part in (of_image, of_prefix))
     return float((read_by * (prefix / (image + prefix))).sum())
 

@@ -46,10 +46,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from ..backbones import Backbone, Layer
 from ..errors import RouteError, UnsupportedModelError
-from .context import LayerContext, activate_alone, current_layer
+from .context import ForwardContext, LayerContext, activate_alone, current_layer
 from .masks import pad_mask
 from .overrides import AttributeProxy, ForwardOverride
-from .prompt_batch import LayerPrompts, PromptBatch, batch_prompts, gather_prefixes, gather_prompts
+from .prompt_batch import LayerPrompts, PromptBatch, batch_prompts, gather_prefixes, gather_prompts, select_by_task
 
 NAME = "vpt_peft"
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -201,7 +201,7 @@ def attend(
     else:
         output, weights = function(query, key, value, mask)
     if prefixes:
-        output = attend_to_prefixes(output, query, prefixes, context.forward.num_images, scaling)
+        output = attend_to_prefixes(output, query, prefixes, context.forward, scaling)
     return output, weights
 
 
@@ -216,7 +216,7 @@ def attend_to_tokens(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in which prompts are tokens, by either route; see :func:`attend`."""
     layer, num_images, num_tokens = context.layer, context.forward.num_images, query.shape[2]
-    batch = batch_prompts(prompts, num_images)
+    batch = batch_prompts(prompts, context.forward)
     needs_output = any(own.needs_output for own in prompts)
     names = "qkv" if needs_output else "kv"
     projected = dict(zip(names, project_prompts(context, names, batch, prompts), strict=True))
@@ -247,22 +247,31 @@ def project_prompts(
     Returns:
         One tensor ``(1 or num_images, total, num_heads · head_dim)`` for each name.
     """
-    layer = context.layer
+    layer, forward = context.layer, context.forward
 
     def compute(tokens: Tensor) -> list[Tensor]:
         return layer.project(names, layer.attention_input(tokens))
 
-    if context.forward.mixes_biases:
+    def compute_or_reuse(own: LayerPrompts, tokens: Tensor) -> list[Tensor]:
+        cache = own.batch.cache
+        if cache is None or not own.fresh:
+            return compute(tokens)
+        modules = (layer.part("norm"), *layer.projecting_modules(names))
+        return cache.get(layer.index, tokens, modules, partial(compute, tokens))
+
+    if forward.tasks is not None:
+        by_task = {}
+        for own in prompts:
+            with activate_alone(forward, own.batch):
+                by_task[own.index] = compute_or_reuse(own, own.tokens)
+        return [select_by_task({i: part[n] for i, part in by_task.items()}, forward) for n in range(len(names))]
+    if forward.mixes_biases:
         parts = []
         for own in prompts:
-            with activate_alone(context.forward, own.batch):
+            with activate_alone(forward, own.batch):
                 parts.append(compute(own.tokens.reshape(1, -1, own.tokens.shape[-1])))
         return [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
-    cache = prompts[0].batch.cache
-    if cache is None or not prompts[0].fresh:
-        return compute(batch.tokens)
-    modules = (layer.part("norm"), *layer.projecting_modules(names))
-    return cache.get(layer.index, batch.tokens, modules, partial(compute, batch.tokens))
+    return compute_or_reuse(prompts[0], batch.tokens)
 
 
 def finish_prompts(context: LayerContext, prompts: Sequence[LayerPrompts], attention_output: Tensor) -> None:
@@ -280,7 +289,11 @@ def finish_prompts(context: LayerContext, prompts: Sequence[LayerPrompts], atten
 
 
 def attend_to_prefixes(
-    output: Tensor, query: Tensor, prefixes: Sequence[LayerPrompts], num_images: int, scaling: float | Tensor | None
+    output: Tensor,
+    query: Tensor,
+    prefixes: Sequence[LayerPrompts],
+    forward: ForwardContext,
+    scaling: float | Tensor | None,
 ) -> Tensor:
     """Adds the attention to prefixes to the attention to the image.
 
@@ -289,7 +302,7 @@ def attend_to_prefixes(
         query: ``(num_images · num_windows, num_heads, num_tokens, head_dim)``, as the attention to the image uses it.
         scaling: see :func:`attend`.
     """
-    batch = batch_prompts(prefixes, num_images)
+    batch = batch_prompts(prefixes, forward)
     key, value = (batch.split_heads(part, query) for part in batch.tokens.chunk(2, dim=-1))
     num_groups = query.shape[1] // key.shape[1]
     if num_groups > 1:  # several heads of queries share keys and values
@@ -298,7 +311,7 @@ def attend_to_prefixes(
     if valid_mask is not None:  # images without a prefix attend to zeros
         value = value * valid_mask[:, None, :, None]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    by_image = query.transpose(1, 2).reshape(len(key), -1, *query.shape[1::2]).transpose(1, 2)
+    by_image = query.transpose(1, 2).reshape(key.shape[0], -1, *query.shape[1::2]).transpose(1, 2)
     added: Tensor = PrefixAttention.apply(by_image, key * scaling, value, valid_mask)  # type: ignore[no-untyped-call]
     return output + added.transpose(1, 2).reshape(output.shape)
 

@@ -63,6 +63,8 @@ class ForwardContext:
         num_images: number of images in the batch.
         batches: its parts by adapter.
         training: whether gradients may be needed.
+        tasks: for an exported mixed batch, the index of each image's part, ``(num_images,)``. All parts then have all
+            images, and each image takes what its own part computes, so that the graph is the same for all batches.
         entered: the modules that must be entered once, the model and its encoder, as far as they have been.
         layers_reached: number of layers with prompts that have run so far.
         image_reached: the prompts that are part of the image have been put into it.
@@ -75,6 +77,7 @@ class ForwardContext:
     num_images: int
     batches: Sequence[AdapterBatch]
     training: bool
+    tasks: Tensor | None = None
     entered: tuple[nn.Module, ...] = ()
     layers_reached: int = 0
     image_reached: bool = False
@@ -97,8 +100,10 @@ class ForwardContext:
         return len(self.batches) > 1 and any(batch.adapter and batch.adapter.bias.paths for batch in self.batches)
 
     @property
-    def batch_of_image(self) -> list[int]:
+    def batch_of_image(self) -> list[int] | Tensor:
         """For each image of a mixed batch, the index of the part that it belongs to."""
+        if self.tasks is not None:
+            return self.tasks
         part = {row: index for index, batch in enumerate(self.batches) for row in batch.rows or ()}
         return [part[row] for row in range(self.num_images)]
 
@@ -158,10 +163,11 @@ def activate(context: ForwardContext | LayerContext | None) -> Iterator[None]:
 def activate_alone(forward: ForwardContext, batch: AdapterBatch) -> Iterator[None]:
     """Makes one part of a mixed batch the whole of it, for modules that are applied to the prompts of its adapter or to
     its images only: in :class:`~.overrides.ModuleOverride`, each image has the biases of its own adapter."""
-    if batch.rows is None:
+    if len(forward.batches) == 1:
         yield
     else:
-        with activate(replace(forward, batches=[replace(batch, rows=None)], num_images=len(batch.rows))):
+        alone = {"batches": [replace(batch, rows=None)], "num_images": forward.count_images(batch), "tasks": None}
+        with activate(replace(forward, **alone)):  # type: ignore[arg-type]
             yield
 
 

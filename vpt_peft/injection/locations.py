@@ -42,6 +42,8 @@ def add_to_tokens(context: LayerContext, *args: Any) -> tuple[Any, ...]:
                     f"Expected {number or 'the'} tokens as the first argument of layer {layer.index}, to which prompts "
                     f"are added, got {got}. Use images of the size in the backbone's config, or another location."
                 )
+            if forward.tasks is not None:
+                prompts = prompts * (forward.tasks == forward.batches.index(batch))[:, None, None]
             args = (_add(tokens, prompts, batch), *args[1:])
     return args
 

@@ -17,6 +17,7 @@ from ..backbones import Backbone
 from ..errors import RouteError
 from .context import AdapterBatch, ForwardContext, activate, activate_alone, current_forward
 from .locations import enter_image, project_with_channels
+from .prompt_batch import select_by_task
 
 
 class AttributeProxy:
@@ -153,10 +154,10 @@ class ModuleOverride(ForwardOverride):
         output = self._call_with_bias(None, *args, **kwargs)
         bare: Tensor = self.module.bias  # type: ignore[assignment]
         biases = torch.stack([(bare if bias is None else bias).to(output) for bias in own])
-        by_image = biases[context.batch_of_image].repeat_interleave(len(output) // context.num_images, dim=0)
+        by_image = biases[context.batch_of_image].repeat_interleave(output.shape[0] // context.num_images, dim=0)
         channels_first = isinstance(self.module, _ConvNd)
         ones = [1] * (output.ndim - 2)
-        return output + by_image.view(len(output), *([-1, *ones] if channels_first else [*ones, -1]))
+        return output + by_image.view(output.shape[0], *([-1, *ones] if channels_first else [*ones, -1]))
 
 
 class HeadOverride(ForwardOverride):
@@ -172,7 +173,7 @@ class HeadOverride(ForwardOverride):
         if context is None:
             return self.forward(features, *rest, **kwargs)
         outputs = [self._call_head(context, batch, features, *rest, **kwargs) for batch in context.batches]
-        return outputs[0] if context.batches[0].rows is None else merge_outputs(outputs, context)
+        return outputs[0] if len(outputs) == 1 else merge_outputs(outputs, context)
 
     def _call_head(self, context: ForwardContext, batch: AdapterBatch, features: Any, *args: Any, **kwargs: Any) -> Any:
         if batch.pooling != "default":
@@ -246,6 +247,8 @@ def merge_outputs(outputs: Sequence[Any], context: ForwardContext) -> Any:
     """
     if not isinstance(outputs[0], Tensor):
         return tuple(merge_outputs(parts, context) for parts in zip(*outputs, strict=True))
+    if context.tasks is not None:
+        return select_by_task(dict(enumerate(outputs)), context)
     width = max(output.shape[1] for output in outputs)
     padded = [
         nn.functional.pad(output, (*(0, 0) * (output.ndim - 2), 0, width - output.shape[1])) for output in outputs

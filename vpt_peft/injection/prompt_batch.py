@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .context import AdapterBatch, LayerContext, activate_alone
+from .context import AdapterBatch, ForwardContext, LayerContext, activate_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,8 @@ class PromptBatch:
         """
         heads = heads.to(image.dtype)
         num_rows = image.shape[0]
+        if heads.shape[0] == 1 and torch.compiler.is_exporting():  # runtimes index faster than they expand
+            heads = heads.index_select(0, torch.zeros(num_rows, dtype=torch.int64, device=heads.device))
         if heads.shape[0] in (1, num_rows):
             return torch.cat([image, heads.expand(num_rows, -1, -1, -1)], dim=2)
         windows = image.unflatten(0, (num_images, -1))
@@ -110,9 +112,15 @@ def gather_prompts(context: LayerContext) -> list[LayerPrompts]:
     return gathered
 
 
-def batch_prompts(prompts: Sequence[LayerPrompts], num_images: int) -> PromptBatch:
+def batch_prompts(prompts: Sequence[LayerPrompts], forward: ForwardContext) -> PromptBatch:
     """Batches the prompts of several adapters, padded to the longest."""
-    first = prompts[0]
+    first, num_images = prompts[0], forward.num_images
+    if forward.tasks is not None:
+        tokens = select_by_task({own.index: own.tokens for own in prompts}, forward)
+        lengths = {own.index: own.tokens.shape[1] for own in prompts}
+        table = [[row < lengths.get(task, 0) for row in range(tokens.shape[1])] for task in range(len(forward.batches))]
+        valid_mask = None if all(map(all, table)) else torch.tensor(table, device=tokens.device)[forward.tasks]
+        return PromptBatch(tokens, valid_mask=valid_mask)
     if first.batch.rows is None:
         return PromptBatch(first.tokens)
     longest = max(own.tokens.shape[1] for own in prompts)
@@ -132,3 +140,28 @@ def batch_prompts(prompts: Sequence[LayerPrompts], num_images: int) -> PromptBat
         torch.tensor(index, device=device),
         None if all(map(all, valid)) else torch.tensor(valid, device=device),
     )
+
+
+def select_by_task(parts: Mapping[int, Tensor], forward: ForwardContext) -> Tensor:
+    """For each image, what belongs to its own task; see ``tasks`` in :class:`~.context.ForwardContext`.
+
+    Args:
+        parts: ``{index of a part: (1 or num_images, length, ...)}``. Lengths may differ, and parts may be missing.
+
+    Returns:
+        ``(num_images, longest, ...)``, padded with zeros.
+    """
+    assert forward.tasks is not None
+    longest = max(part.shape[1] for part in parts.values())
+    example = next(iter(parts.values()))
+    missing = example.new_zeros(1, longest, *example.shape[2:])
+    padded = [_pad(parts.get(index, missing), longest) for index in range(len(forward.batches))]
+    if all(part.shape[0] == 1 for part in padded):
+        return torch.cat(padded).index_select(0, forward.tasks)
+    stacked = torch.stack([part.expand(forward.num_images, *part.shape[1:]) for part in padded])
+    return stacked[forward.tasks, torch.arange(forward.num_images, device=stacked.device)]
+
+
+def _pad(part: Tensor, length: int) -> Tensor:
+    """Zeros behind the second dimension, up to a length."""
+    return nn.functional.pad(part, (*(0, 0) * (part.ndim - 2), 0, length - part.shape[1]))

@@ -173,14 +173,14 @@ def check_adapter_name(name: object) -> None:
         )
 
 
-def check_names(names: object) -> list[str]:
+def check_names(names: object, argument: str = "selected_adapters") -> list[str]:
     """A list of adapters.
 
     Raises:
         AdapterError: it is a single name, or none.
     """
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise AdapterError(f"selected_adapters must be a list of names, got {safe_repr(names)}.")
+        raise AdapterError(f"{argument} must be a list of names, got {safe_repr(names)}.")
     return list(names)
 
 
