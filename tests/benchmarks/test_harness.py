@@ -111,6 +111,7 @@ def crop(part: image_sets.ImageSet, size: int) -> image_sets.ImageSet:
 # -- short runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_a_short_run_with_a_prefix_is_not_below_the_linear_head(tmp_path: Path) -> None:
     """A prefix starts without effect, so that three epochs are enough to gain something and never cost anything."""
     digit_sets.pretrain("vit", tmp_path / "backbone", epochs=6, seed=0)

@@ -39,6 +39,7 @@ def bench(tmp_path: Path) -> Bench:
     return run
 
 
+@pytest.mark.heavy
 def test_the_table_has_a_column_for_each_initialisation(
     bench: Bench, colors: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +67,7 @@ def test_the_table_has_a_column_for_each_initialisation(
     assert str(colors.parent) not in json.dumps(runs), "no paths of this machine"
 
 
+@pytest.mark.heavy
 def test_both_pretrainings_are_compared_on_digits(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_switching_the_implementation_keeps_the_prompts(
 
 @each_config
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.heavy
 def test_flex_attention(vit: Tiny, config: dict[str, Any], masked: bool) -> None:
     vpt = vit.prompted(**config)
     mask = {"attention_mask": torch.tensor([[1] * 17, [1] * 9 + [0] * 8] * 2)} if masked else {}

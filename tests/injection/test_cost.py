@@ -181,6 +181,7 @@ def test_training_needs_fewer_operations_than_concatenation(num_tokens: int, lim
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize(("num_tokens", "limit"), [(50, 0.85), (200, 0.62)])
+@pytest.mark.heavy
 def test_training_keeps_fewer_bytes_than_concatenation(num_tokens: int, limit: float, fused: bool) -> None:
     ours, concatenated = training(num_tokens, fused)
     Ratio(ours.saved, concatenated.saved).check(limit)
@@ -191,6 +192,7 @@ def test_prompts_add_a_few_percent_to_inference_in_windows() -> None:
     inference(swin_t, 50).check(1.06)
 
 
+@pytest.mark.heavy
 def test_training_in_windows_needs_fewer_operations_than_the_tokens_route() -> None:
     with prompted(swin_t(), 50) as vpt:
         ours = count(vpt.train(), training=True)
@@ -207,6 +209,7 @@ def of_kind(kind: str, build: Callable[[], PreTrainedModel], num_tokens: int, tr
 
 @pytest.mark.parametrize("num_tokens", [10, 50])
 @pytest.mark.parametrize("build", [vit_b16, swin_t])
+@pytest.mark.heavy
 def test_a_prefix_costs_no_more_than_keys_and_values_of_prompts(
     build: Callable[[], PreTrainedModel], num_tokens: int
 ) -> None:
