@@ -37,6 +37,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
     return done, json.loads((folder / "results/many.json").read_text())
 
 
+@pytest.mark.heavy
 def test_the_benchmark_has_a_row_for_each_number_of_tasks(benchmark: Any) -> None:
     done, report = benchmark
 

@@ -257,6 +257,7 @@ def test_pushing_an_adapter_of_a_local_backbone_warns(online: HubServer, vit: Ti
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="AutoImageProcessor needs torchvision there"
 )
+@pytest.mark.heavy
 def test_the_sharing_example_runs(hub: HubServer, vit: Tiny, tmp_path: Path) -> None:
     size = vit.pixel_values.shape[-1]
     vit.model.save_pretrained(tmp_path / "backbone")

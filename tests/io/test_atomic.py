@@ -111,6 +111,7 @@ def save_killed_at(step: int, vpt: VPTModel, folder: Path) -> bool:
 
 
 @forks
+@pytest.mark.heavy
 def test_a_process_killed_at_any_step_of_saving_leaves_the_old_adapter_or_the_new_one(two: Any, tmp_path: Path) -> None:
     folder, found = tmp_path / "x", []
     two[0].save_pretrained(folder)
@@ -131,6 +132,7 @@ def test_a_process_killed_at_any_step_of_saving_leaves_the_old_adapter_or_the_ne
 
 
 @forks
+@pytest.mark.heavy
 def test_a_process_killed_at_any_step_leaves_a_new_folder_without_an_adapter_or_with_it(
     two: Any, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_pickled_model_answers_and_unloads_as_the_original(tiny: Tiny, new: An
         assert not has_overrides(model)
 
 
+@pytest.mark.heavy
 def test_a_pickled_model_opens_in_a_new_process(vit: Tiny, tmp_path: Path) -> None:
     vpt = vit.prompted()
     torch.save((vpt, vit.pixel_values), tmp_path / "vpt.pt")

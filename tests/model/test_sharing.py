@@ -53,6 +53,7 @@ def equal(request: pytest.FixtureRequest, vit: Tiny, tmp_path: Path) -> VPTModel
     return vpt
 
 
+@pytest.mark.heavy
 def test_switching_between_adapters_of_equal_shape_does_not_recompile(vit: Tiny, equal: VPTModel) -> None:
     counters.clear()
     compiled = torch.compile(equal, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -63,6 +64,7 @@ def test_switching_between_adapters_of_equal_shape_does_not_recompile(vit: Tiny,
     assert counters["stats"]["unique_graphs"] == 1 and not counters["recompile_limit"]
 
 
+@pytest.mark.heavy
 def test_switching_between_training_steps_does_not_recompile(vit: Tiny, equal: VPTModel) -> None:
     counters.clear()
     equal.train()

@@ -141,6 +141,7 @@ def test_an_added_classifier_trains_with_all_that_it_has_and_comes_back(
     assert torch.equal(logits(VPTModel.from_pretrained(headless.bare(), tmp_path), videos), expected)
 
 
+@pytest.mark.heavy
 def test_an_added_classifier_compiles_checkpoints_and_mixes(headless: Family) -> None:
     vpt, videos = classify(headless), some_videos()
     compiled: Any = torch.compile(vpt, fullgraph=True, backend="eager")

@@ -16,6 +16,7 @@ import vpt_peft
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+@pytest.mark.heavy
 def test_training_runs_in_two_processes_of_torchrun(
     checkpoint: Path, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def raising(function: Callable[..., Any], call: int, error: BaseException) -> Ca
 
 
 @pytest.mark.usefixtures("rendered_plots")
+@pytest.mark.heavy
 def test_search_continues_up_to_the_requested_trials_and_then_only_retrains(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def test_search_continues_up_to_the_requested_trials_and_then_only_retrains(
     assert (folder / "adapter_model.safetensors").read_bytes() == adapter
 
 
+@pytest.mark.heavy
 def test_interrupted_trial_is_repeated(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "out"
     with monkeypatch.context() as patched:
@@ -183,6 +185,7 @@ def test_trials_use_a_validation_split_and_only_the_best_setting_is_tested(
     assert not training & validation and training | validation == retraining
 
 
+@pytest.mark.heavy
 def test_trial_below_the_median_is_pruned(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # Three epochs of four good trials, one of a bad trial, and the test.
     accuracies = iter([90.0] * 3 * 4 + [10.0] + [80.0])

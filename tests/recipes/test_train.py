@@ -424,6 +424,7 @@ def test_a_resumed_run_gives_the_same_adapter_as_an_uninterrupted_one(
         assert values[0] == values[1] and len(values[0]) == 3
 
 
+@pytest.mark.heavy
 def test_an_interrupt_of_the_process_ends_with_how_to_go_on(
     checkpoint: Path, image_folder: Any, tmp_path: Path
 ) -> None:

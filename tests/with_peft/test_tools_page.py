@@ -9,5 +9,6 @@ pytest.importorskip("peft", minversion="0.21")
 import tools
 
 
+@pytest.mark.heavy
 def test_the_page_agrees_with_what_the_tools_do() -> None:
     assert tools.build_page() == tools.PAGE.read_text(encoding="utf-8"), "run python docs/tools.py"
