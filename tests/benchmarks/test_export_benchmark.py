@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.heavy
 def test_the_table_compares_exported_models_with_the_bare_backbone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

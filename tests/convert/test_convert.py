@@ -332,6 +332,7 @@ def test_the_options_of_the_command_are_passed_on(
     assert "left out: 0 tensors" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_the_command_runs_as_a_module_and_exits_with_status_2_and_a_message_on_errors(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "missing.pth"), "--model", "none", "--output", str(tmp_path / "adapter")]
     run = subprocess.run([sys.executable, "-m", "vpt_peft.convert", *arguments], capture_output=True, text=True)

@@ -37,6 +37,7 @@ def cells() -> list[dict[str, Any]]:
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="AutoImageProcessor needs torchvision there"
 )
+@pytest.mark.heavy
 def test_the_notebook_fine_tunes_draws_saves_and_predicts(
     cells: list[dict[str, Any]],
     tmp_path: Path,

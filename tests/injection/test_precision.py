@@ -148,6 +148,7 @@ def _compiled_step(compiled: Any, vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("kind", ["token", "prefix"])
+@pytest.mark.heavy
 def test_the_default_compiler(vit: Tiny, kind: str) -> None:
     vpt = vit.prompted(kind=kind).train()
     loss, expected = _compiled_step(vpt, vpt, vit)

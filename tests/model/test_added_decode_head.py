@@ -238,6 +238,7 @@ def test_images_may_have_another_shape(name: str, height: int, width: int, grid:
     torch.testing.assert_close(output.logits[:, :, 1, 1].detach(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.heavy
 def test_checkpointing_attention_compilation_and_hidden_states() -> None:
     model = build("vit")
     pixel_values, labels = images(model), masks(32, 32)

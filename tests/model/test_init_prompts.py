@@ -301,6 +301,7 @@ def test_the_second_adapter_gets_prompts_when_it_is_active(vit: Tiny) -> None:
     assert_different_ones_of(get_adapter_state_dict(vpt, "other")["prompts.1"], means)
 
 
+@pytest.mark.heavy
 def test_a_compiled_model_is_not_skipped(vit: Tiny) -> None:
     inputs = layer_inputs(vit.model, vit.pixel_values)
     vpt = vit.prompted(5)

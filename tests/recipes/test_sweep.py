@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,6 +20,7 @@ import pytest
 import torch
 from helpers.plots import assert_is_plot
 
+import vpt_peft
 from vpt_peft import AutoVPTModel
 from vpt_peft.recipes import search as search_package
 from vpt_peft.recipes.command import parse
@@ -352,14 +354,20 @@ def test_ray_search_without_a_complete_trial_or_a_cluster_exits_with_a_message(
     run(2, "--ray", "nowhere", fails="--ray must be the address of a Ray cluster, got 'nowhere': nobody is there")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
-def test_search_on_ray_without_ray_says_what_to_install(run: Run) -> None:
+def test_search_on_ray_without_ray_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     run(1, "--ray", "auto", fails="this command needs the package ray: pip install 'ray[tune]'")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-def test_search_runs_on_real_ray(run: Run) -> None:
-    assert all(trial["state"] == "complete" for trial in results_of_ray(run(2, "--ray", "local"))["trials"])
+@pytest.mark.heavy
+def test_search_runs_on_real_ray(options: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    root = str(Path(str(vpt_peft.__file__)).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-m", "vpt_peft", "sweep", *map(str, options), "--trials", "2", "--ray", "local"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(trial["state"] == "complete" for trial in results_of_ray(tmp_path / "out")["trials"])
 
 
 def test_trials_do_not_change_the_backbone(search: space.Search, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_the_unwrapped_model_is_saved_as_scripts_do_it(tiny: Tiny, new: Any, pre
     assert_same(state(VPTModel.from_pretrained(new().model, tmp_path)), state(unwrapped))
 
 
+@pytest.mark.heavy
 def test_a_compiled_model_is_saved_likewise(vit: Tiny, tmp_path: Path) -> None:
     accelerator, model, optimizer, batches = prepare(vit, dynamo_backend="eager")
     train(accelerator, model, optimizer, batches)

@@ -112,7 +112,8 @@ class Metric:
             known = labels != VOID
             predicted, labels = predicted[known], labels[known]
         if labels.size:
-            self._confusion += confusion_matrix(labels, predicted, labels=range(self.num_labels))
+            # not in place: Ray copies this object to its workers as read-only memory
+            self._confusion = self._confusion + confusion_matrix(labels, predicted, labels=range(self.num_labels))
         if not compute_result:
             return {}
         self.scores, self._confusion = Scores(self._confusion, self.kind), self._zeros()
