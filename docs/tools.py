@@ -1,4 +1,4 @@
-"""Writes tools.md, the page of which tool opens which adapter, by trying them.
+"""Writes tools.md, the page of which tool opens which adapter, and its summary in the README, by trying them.
 
 python docs/tools.py
 """
@@ -25,6 +25,8 @@ import vpt_peft.peft  # noqa: F401  # for what it does
 from vpt_peft import AutoVPTModel, PromptConfig, VPTModel, get_vpt_model, hub
 
 PAGE = FOLDER / "tools.md"
+README = FOLDER.parent / "README.md"
+START, END = "<!-- tools -->\n", "<!-- /tools -->"  # around the table in the README
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32,
     "patch_size": 8,
@@ -214,8 +216,8 @@ def tested_peft() -> str:
     return setup["options.extras_require"]["peft"].strip().removeprefix("peft")
 
 
-def build_page() -> str:
-    """The page, in Markdown."""
+def try_tools() -> dict[tuple[str, str], str]:
+    """By tool and kind of adapter: what is wrong with the model that the tool opens; empty if nothing is."""
     errors: dict[tuple[str, str], str] = {}
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -227,6 +229,11 @@ def build_page() -> str:
                 if number == 0:
                     with without_bridge():
                         errors[tool, WITHOUT] = find_error(load, kind, folder, expected)
+    return errors
+
+
+def build_page(errors: dict[tuple[str, str], str]) -> str:
+    """The page, in Markdown."""
     columns = [*KINDS, WITHOUT]
     rows = [["Tool", *columns], ["---", *[":-:"] * len(columns)]]
     rows += [[tool, *["no" if errors[tool, column] else "yes" for column in columns]] for tool in TOOLS]
@@ -235,6 +242,19 @@ def build_page() -> str:
     return INTRODUCTION.format(**versions) + to_lines(rows) + REASONS + to_lines(reasons)
 
 
+def insert_summary(readme: str, errors: dict[tuple[str, str], str]) -> str:
+    """The README with a row for each tool: which of the kinds of adapters it opens."""
+    rows = [["Tool", "opens", WITHOUT], ["---", "---", ":-:"]]
+    for tool in TOOLS:
+        closed = [kind for kind in KINDS if errors[tool, kind]]
+        opens = "all but " + ", ".join(closed) if closed else "all"
+        rows.append([tool, opens, "no" if errors[tool, WITHOUT] else "yes"])
+    before, _, rest = readme.partition(START)
+    return before + START + to_lines(rows) + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
-    PAGE.write_text(build_page(), encoding="utf-8")
-    print(f"Wrote {PAGE}.")
+    found = try_tools()
+    PAGE.write_text(build_page(found), encoding="utf-8")
+    README.write_text(insert_summary(README.read_text(encoding="utf-8"), found), encoding="utf-8")
+    print(f"Wrote {PAGE} and the table in {README}.")

@@ -1,4 +1,4 @@
-"""docs/tools.md, the page of which tool opens which adapter."""
+"""docs/tools.md, the page of which tool opens which adapter, and its summary in the README."""
 
 from __future__ import annotations
 
@@ -11,4 +11,6 @@ import tools
 
 @pytest.mark.heavy
 def test_the_page_agrees_with_what_the_tools_do() -> None:
-    assert tools.build_page() == tools.PAGE.read_text(encoding="utf-8"), "run python docs/tools.py"
+    errors, readme = tools.try_tools(), tools.README.read_text(encoding="utf-8")
+    assert tools.build_page(errors) == tools.PAGE.read_text(encoding="utf-8"), "run python docs/tools.py"
+    assert tools.insert_summary(readme, errors) == readme, "run python docs/tools.py"
