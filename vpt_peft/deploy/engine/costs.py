@@ -1,0 +1,96 @@
+"""Which adapters share a forward pass: the cheaper choice, by the measured cost of a pass."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from ...config import PromptConfig
+from ...model import VPTModel
+
+T = TypeVar("T")
+IMAGES = 4
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """What forward passes cost beyond the time that each image takes in any of them.
+
+    A pass for ``n`` images takes ``fixed + n · t`` seconds, a mixed one ``fixed + n · (t + mixing)``. Mixing saves the
+    ``fixed`` time of all passes but one and costs ``mixing`` for each image. On a GPU, a pass takes as long with one
+    image as with several, so mixing always gains. A thread of a CPU is as busy with one image as with many: there,
+    mixing gains with few images of each of many adapters.
+
+    Attributes:
+        fixed: seconds.
+        mixing: seconds.
+    """
+
+    fixed: float
+    mixing: float
+
+    def plan(self, adapters: list[list[T]]) -> list[list[T]]:
+        """The images of each forward pass.
+
+        Args:
+            adapters: the images of each adapter.
+        """
+        mixed = [images for images in adapters if len(images) * self.mixing < self.fixed]
+        apart = [images for images in adapters if len(images) * self.mixing >= self.fixed]
+        together = [image for images in mixed for image in images]
+        if (len(mixed) - 1) * self.fixed <= len(together) * self.mixing:
+            return mixed + apart
+        return [together, *apart]
+
+
+ALWAYS_MIX, NEVER_MIX = PassCosts(1.0, 0.0), PassCosts(0.0, 1.0)
+
+
+@torch.inference_mode()
+def measure_costs(vpt: VPTModel) -> PassCosts:
+    """Measures the costs on random images, with new adapters of 10 prompts in each layer: three passes, three times.
+
+    The first passes of a model are slow, so they are not counted; afterwards, the model is warm.
+    """
+    height, width = vpt.backbone.image_size
+    images = torch.zeros(IMAGES, vpt.backbone.num_channels, height, width, device=vpt.device, dtype=vpt.dtype)
+    with _adapters(vpt) as names:
+        calls: dict[str, Callable[[], object]] = {
+            "one image": lambda: vpt(images[:1]).logits.cpu(),
+            "one adapter": lambda: vpt(images).logits.cpu(),
+            "mixed": lambda: vpt(images, adapter_names=names).logits.cpu(),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(1 + ROUNDS):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+    one, several, mixed = (statistics.median(seconds[name]) for name in calls)
+    per_image = (several - one) / (IMAGES - 1)
+    return PassCosts(fixed=max(0.0, one - per_image), mixing=max(0.0, (mixed - several) / IMAGES))
+
+
+@contextmanager
+def _adapters(vpt: VPTModel) -> Iterator[list[str]]:
+    """Names of new adapters, the first of which is active."""
+    previous, names = vpt.active_adapter, [f"engine-cost-{number}" for number in range(IMAGES)]
+    added = []
+    try:
+        for name in names:
+            vpt.add_adapter(name, PromptConfig(), num_labels=2)
+            added.append(name)
+        vpt.set_adapter(names[0])
+        yield names
+    finally:
+        vpt.set_adapter(previous)
+        for name in added:
+            vpt.delete_adapter(name)

@@ -1,0 +1,148 @@
+"""Images of requests, and the image processors that make ``pixel_values`` of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import transformers
+from torch import Tensor
+
+from ... import hub
+from ...adapter import Adapter
+from ...errors import CheckpointError, safe_repr
+from ...model import VPTModel
+from .errors import ImageError
+
+
+def read_image(image: Any, num_channels: int) -> Any:
+    """A copy of an image, decoded: later changes of it, or closing its file, make no difference.
+
+    Args:
+        image: a PIL image, or ``pixel_values`` of one image, ``(num_channels, height, width)``.
+        num_channels: of the backbone.
+
+    Returns:
+        A PIL image, turned as its EXIF data say, in RGB or, for backbones with one channel, in grey; or a tensor.
+
+    Raises:
+        ImageError: it cannot be decoded, or is something else.
+    """
+    if isinstance(image, Tensor):
+        _check_tensor(image, num_channels)
+        return image.detach().clone()
+    if not hasattr(image, "convert"):
+        raise ImageError(
+            f"Expected a PIL image or a tensor (num_channels, height, width), got {type(image).__name__}. Open "
+            "files by PIL.Image.open."
+        )
+    from PIL import ImageOps  # here, since tensors do not need it
+
+    try:
+        return ImageOps.exif_transpose(image).convert("L" if num_channels == 1 else "RGB")
+    except Exception as error:  # decoders raise errors of many kinds
+        raise ImageError(f"The image cannot be decoded: {safe_repr(str(error))}.") from error
+
+
+def _check_tensor(image: Tensor, num_channels: int) -> None:
+    if image.ndim != 3 or image.shape[0] != num_channels or not image.is_floating_point() or image.numel() == 0:
+        raise ImageError(
+            f"Expected the pixel_values of one image, floating-point numbers ({num_channels}, height, width), got a "
+            f"tensor of {image.dtype} and shape {tuple(image.shape)}. Give a PIL image to have it processed."
+        )
+    if not image.isfinite().all():
+        raise ImageError("The pixel_values of an image must be finite, got NaN or infinity.")
+
+
+class ImageProcessors:
+    """The image processors of adapters and of their backbone. Adapters with equal ones share one object.
+
+    Args:
+        vpt: the model.
+        image_processor: the backbone's, or its folder or repository; None: that of the backbone's own folder or
+            repository.
+        hub_options: ``token``, ``cache_dir`` and ``local_files_only``.
+    """
+
+    def __init__(self, vpt: VPTModel, image_processor: Any, hub_options: dict[str, Any]) -> None:
+        self.vpt, self.given, self.hub_options = vpt, image_processor, hub_options
+        self.lock = Lock()
+        self.loaded: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+
+    def of_adapter(self, content: bytes, adapter: Adapter) -> Any:
+        """The image processor that was saved with an adapter.
+
+        Args:
+            content: of its file.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+        """
+        return self._shared(content, adapter, lambda options: _from_content(content, options))
+
+    def of_backbone(self, adapter: Adapter) -> Any:
+        """The backbone's image processor, for an adapter that was saved without one.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if not isinstance(self.given, str | os.PathLike | None):
+            return self.given
+        return self._shared(None, adapter, self._load_backbones)
+
+    def _shared(self, key: bytes | None, adapter: Adapter, load: Callable[[dict[str, Any]], Any]) -> Any:
+        is_smaller = (
+            adapter.config.location == "border" and adapter.image_size is not None
+        )  # than the backbone's images
+        size = adapter.image_size if is_smaller else None
+        options = {"size": dict(zip(("height", "width"), size, strict=True)), "do_center_crop": False} if size else {}
+        with self.lock:
+            processor = self.loaded.get((key, size))
+            if processor is None:
+                processor = self.loaded[key, size] = load(options)
+            return processor
+
+    def _load_backbones(self, options: dict[str, Any]) -> Any:
+        name = self.vpt.name_or_path if self.given is None else os.fspath(self.given)
+        revision = getattr(self.vpt.config, "_commit_hash", None) if self.given is None else None
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(
+                name, revision=revision, trust_remote_code=False, **self.hub_options, **options
+            )
+        except (OSError, ValueError) as error:  # transformers turns the Hub client's errors into these
+            raise CheckpointError(
+                "The adapter was saved without an image processor, and none can be loaded from the backbone's "
+                f"{safe_repr(name)}: {error}. Pass image_processor=..., an object, a folder or a repository."
+            ) from error
+
+
+def _from_content(content: bytes, options: dict[str, Any]) -> Any:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / hub.PREPROCESSOR_NAME).write_bytes(content)
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **options)
+        except Exception as error:  # values that are not valid raise errors of many kinds
+            raise CheckpointError(
+                f"The image processor of the adapter ({hub.PREPROCESSOR_NAME}) cannot be loaded: {error}"
+            ) from error
+
+
+def process_image(processor: Any, image: Any, num_channels: int) -> Tensor:
+    """``pixel_values`` of a PIL image, ``(num_channels, height, width)``.
+
+    Raises:
+        ImageError: the image processor cannot take the image.
+    """
+    try:
+        pixel_values = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"])
+    except Exception as error:  # image processors raise errors of many kinds
+        raise ImageError(f"The image processor cannot take the image: {safe_repr(str(error))}.") from error
+    pixel_values = pixel_values[0]
+    _check_tensor(pixel_values, num_channels)
+    return pixel_values
