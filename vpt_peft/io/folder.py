@@ -106,12 +106,15 @@ def pack_config(adapter: Adapter, fingerprint: Fingerprint) -> bytes:
     return content
 
 
-def save_adapter(folder: Path, content: bytes, tensors: Mapping[str, Tensor]) -> None:
+def save_adapter(
+    folder: Path, content: bytes, tensors: Mapping[str, Tensor], others: Mapping[str, bytes] | None = None
+) -> None:
     """Writes an adapter folder. At any moment it holds the old adapter or the new one.
 
     Args:
         content: see :func:`pack_config`.
         tensors: the adapter's state dict.
+        others: further files by name. Who reads them together with the adapter must lock the folder.
     """
     with lock_folder(folder):
         path = folder / CONFIG_NAME
@@ -119,6 +122,8 @@ def save_adapter(folder: Path, content: bytes, tensors: Mapping[str, Tensor]) ->
         replaces = digest(previous) if previous not in (b"", content) else ""
         atomic_write(folder / WEIGHTS_NAME, pack_weights(tensors, json.loads(content), replaces))
         atomic_write(path, content)
+        for name, other in (others or {}).items():
+            atomic_write(folder / name, other)
 
 
 def load_adapter(

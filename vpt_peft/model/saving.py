@@ -93,10 +93,7 @@ def save_adapters(
     processor_files = {} if image_processor is None else pack_files(image_processor)
     _make_folders(folders)
     for name, folder in folders.items():
-        save_adapter(folder, configs[name], states[name])
-        with lock_folder(folder):
-            for file, content in processor_files.items():
-                atomic_write(folder / file, content)
+        save_adapter(folder, configs[name], states[name], processor_files)
         update_card(folder, cards[name], stacklevel=4)
     checkpointed = checkpointed or _checkpointed_adapter(directory)  # an existing file must not become stale
     if checkpointed in states:

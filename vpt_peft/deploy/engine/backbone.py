@@ -13,7 +13,8 @@ from ...errors import AdapterError, CheckpointError, safe_repr
 from ...model import VPTModel, get_vpt_model
 from ...model.backbone_checks import find_bare_backbone
 
-IDLE = "engine-idle"
+PREFIX = "engine-"  # of the names of an engine's adapters
+IDLE = f"{PREFIX}idle"
 
 
 class ServedModel:
@@ -34,26 +35,26 @@ class ServedModel:
     def __init__(self, model: Any, hub_options: dict[str, Any]) -> None:
         if isinstance(model, str | os.PathLike):
             model = load_backbone(os.fspath(model), hub_options)
-        self.is_own = not isinstance(model, VPTModel)
-        self.vpt = _with_idle_adapter(model) if self.is_own else model
-        self.active_adapter, self.adapters = self.vpt.active_adapter, list(self.vpt.adapters)
-        self.training = self.vpt.training
+        self.previous = None if not isinstance(model, VPTModel) else (model.active_adapter, model.training)
+        self.vpt = _with_idle_adapter(model)
         try:
             _check_task(self.vpt)
         except AdapterError:
             self.restore()
             raise
         self.vpt.train(False)
+        self.vpt.set_adapter(IDLE)
 
     def restore(self) -> None:
-        """Removes what was added to the model since, and restores its mode."""
-        if self.is_own:
+        """Removes what was added to the model since, and restores its active adapter and mode."""
+        if self.previous is None:
             self.vpt.unload()
             return
-        self.vpt.set_adapter(self.active_adapter)
-        for name in [name for name in self.vpt.adapters if name not in self.adapters]:
+        active, training = self.previous
+        self.vpt.set_adapter(active)
+        for name in [name for name in self.vpt.adapters if name.startswith(PREFIX)]:
             self.vpt.delete_adapter(name)
-        self.vpt.train(self.training)
+        self.vpt.train(training)
 
 
 def load_backbone(name: str, hub_options: dict[str, Any]) -> Any:
@@ -72,12 +73,16 @@ def load_backbone(name: str, hub_options: dict[str, Any]) -> Any:
 
 
 def _with_idle_adapter(model: Any) -> VPTModel:
-    """A VPTModel whose only adapter has no prompts; with a classifier for adapters if the model has none."""
-    options: dict[str, Any] = {}
+    """A VPTModel with an adapter without prompts; with a classifier for adapters if the model has none."""
+    config = PromptConfig(num_tokens=0)
+    if isinstance(model, VPTModel):
+        if any(name.startswith(PREFIX) for name in model.adapters):
+            raise AdapterError("The model belongs to another engine. Close that first.")
+        model.add_adapter(IDLE, config)
+        return model
     if find_bare_backbone(model).head.task_type == "FEATURE_EXTRACTION":
-        options = {"task_type": "IMAGE_CLASSIFICATION"}
-    labels = {"num_labels": 1} if options else {}
-    return get_vpt_model(model, PromptConfig(num_tokens=0, **options), IDLE, **labels)
+        return get_vpt_model(model, config.replace(task_type="IMAGE_CLASSIFICATION"), IDLE, num_labels=1)
+    return get_vpt_model(model, config, IDLE)
 
 
 def _check_task(vpt: VPTModel) -> None:

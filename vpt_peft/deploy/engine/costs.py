@@ -12,7 +12,9 @@ from typing import TypeVar
 import torch
 
 from ...config import PromptConfig
+from ...errors import VPTError
 from ...model import VPTModel
+from .backbone import PREFIX
 
 T = TypeVar("T")
 IMAGES = 4
@@ -59,6 +61,13 @@ def measure_costs(vpt: VPTModel) -> PassCosts:
 
     The first passes of a model are slow, so they are not counted; afterwards, the model is warm.
     """
+    try:
+        return _measure(vpt)
+    except VPTError:  # this backbone takes no such prompts, or cannot mix them
+        return NEVER_MIX
+
+
+def _measure(vpt: VPTModel) -> PassCosts:
     height, width = vpt.backbone.image_size
     images = torch.zeros(IMAGES, vpt.backbone.num_channels, height, width, device=vpt.device, dtype=vpt.dtype)
     with _adapters(vpt) as names:
@@ -82,7 +91,7 @@ def measure_costs(vpt: VPTModel) -> PassCosts:
 @contextmanager
 def _adapters(vpt: VPTModel) -> Iterator[list[str]]:
     """Names of new adapters, the first of which is active."""
-    previous, names = vpt.active_adapter, [f"engine-cost-{number}" for number in range(IMAGES)]
+    previous, names = vpt.active_adapter, [f"{PREFIX}cost-{number}" for number in range(IMAGES)]
     added = []
     try:
         for name in names:

@@ -94,7 +94,7 @@ class Engine:
             self._model.restore()
             raise
         self._processors = ImageProcessors(vpt, image_processor, hub_options)
-        self._loader = AdapterLoader(vpt, structure, self._processors, hub_options)
+        self._loader = AdapterLoader(vpt, structure, hub_options)
         self._runner = PassRunner(vpt, structure, costs, self._answer, self._fail, self._record_batch)
         self._load_pool = ThreadPoolExecutor(load_workers, "vpt-engine-load")
         self._image_pool = ThreadPoolExecutor(load_workers, "vpt-engine-image")
@@ -217,7 +217,7 @@ class Engine:
     ) -> None:
         self.close()
 
-    # -- from acceptance to the queue, in the threads of callers and of the pools ------------------------------------------
+    # -- from acceptance to the queue, in the threads of callers and of the pools --------------------------------------
 
     def _check_open(self) -> None:
         """Raises an error if no request can be accepted."""
@@ -277,9 +277,9 @@ class Engine:
 
     def _load(self, entry: Entry) -> None:
         """Loads the adapter of an entry, and lets the requests for it go on."""
-        adapter, image_processor, signature = self._loader.load(entry.source)
+        adapter, processor_file, signature = self._loader.load(entry.source)
         with self._changed:
-            entry.adapter, entry.image_processor, entry.signature = adapter, image_processor, signature
+            entry.adapter, entry.processor_file, entry.signature = adapter, processor_file, signature
             waiting, entry.waiting = entry.waiting, []
         for request in waiting:
             self._process_soon(request)
@@ -303,15 +303,16 @@ class Engine:
         entry, image = request.entry, request.image
         assert entry.adapter is not None
         if not isinstance(image, Tensor):
-            processor = entry.image_processor or self._processors.of_backbone(entry.adapter)
-            image = process_image(processor, image, self._model.vpt.backbone.num_channels)
+            if entry.image_processor is None:
+                entry.image_processor = self._processors.load(entry.processor_file, entry.adapter)
+            image = process_image(entry.image_processor, image, self._model.vpt.backbone.num_channels)
         request.image, request.pixel_values = None, image
         with self._changed:
             request.ready_at = time.monotonic()
             self._ready.append(request)
             self._changed.notify()
 
-    # -- the computing thread ---------------------------------------------------------------------------------------------
+    # -- the computing thread -----------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
         try:
@@ -373,7 +374,7 @@ class Engine:
         is_wanted = request.future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         with self._changed:
             self._recorder.counts[outcome if is_wanted else "cancelled"] += 1
-            if is_wanted and outcome == "answered":
+            if is_wanted and outcome == "answered" and request.pixel_values is not None:
                 self._recorder.latencies.append(time.monotonic() - request.accepted_at)
             self._unanswered -= 1
             self._cache.release(request.entry)

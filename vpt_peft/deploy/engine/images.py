@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -75,37 +74,24 @@ class ImageProcessors:
         self.lock = Lock()
         self.loaded: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
-    def of_adapter(self, content: bytes, adapter: Adapter) -> Any:
-        """The image processor that was saved with an adapter.
+    def load(self, content: bytes | None, adapter: Adapter) -> Any:
+        """The image processor of an adapter.
 
         Args:
-            content: of its file.
+            content: of the file that was saved with it; None: the adapter has none, and the backbone's is used.
 
         Raises:
             CheckpointError: it cannot be loaded.
         """
-        return self._shared(content, adapter, lambda options: _from_content(content, options))
-
-    def of_backbone(self, adapter: Adapter) -> Any:
-        """The backbone's image processor, for an adapter that was saved without one.
-
-        Raises:
-            CheckpointError: there is none.
-        """
-        if not isinstance(self.given, str | os.PathLike | None):
+        if content is None and not isinstance(self.given, str | os.PathLike | None):
             return self.given
-        return self._shared(None, adapter, self._load_backbones)
-
-    def _shared(self, key: bytes | None, adapter: Adapter, load: Callable[[dict[str, Any]], Any]) -> Any:
-        is_smaller = (
-            adapter.config.location == "border" and adapter.image_size is not None
-        )  # than the backbone's images
-        size = adapter.image_size if is_smaller else None
-        options = {"size": dict(zip(("height", "width"), size, strict=True)), "do_center_crop": False} if size else {}
+        size = adapter.image_size if adapter.config.location == "border" else None  # images without the border
+        options = {} if size is None else {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
         with self.lock:
-            processor = self.loaded.get((key, size))
+            processor = self.loaded.get((content, size))
             if processor is None:
-                processor = self.loaded[key, size] = load(options)
+                processor = self._load_backbones(options) if content is None else _from_content(content, options)
+                self.loaded[content, size] = processor
             return processor
 
     def _load_backbones(self, options: dict[str, Any]) -> Any:
@@ -127,6 +113,8 @@ def _from_content(content: bytes, options: dict[str, Any]) -> Any:
         (Path(folder) / hub.PREPROCESSOR_NAME).write_bytes(content)
         try:
             return transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **options)
+        except ImportError:
+            raise
         except Exception as error:  # values that are not valid raise errors of many kinds
             raise CheckpointError(
                 f"The image processor of the adapter ({hub.PREPROCESSOR_NAME}) cannot be loaded: {error}"

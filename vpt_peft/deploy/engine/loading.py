@@ -13,7 +13,7 @@ from ... import hub, io
 from ...adapter import Adapter
 from ...errors import AdapterError, CheckpointError, safe_repr
 from ...model import VPTModel
-from .images import ImageProcessors
+from .backbone import PREFIX
 
 ATTEMPTS = 20
 FILES = (io.CONFIG_NAME, io.WEIGHTS_NAME, hub.PREPROCESSOR_NAME)
@@ -81,7 +81,8 @@ class Entry:
         signature: of its files; None for a repository.
         users: number of its requests that are not answered yet.
         adapter: None while it is being loaded.
-        image_processor: its own; None: the backbone's is used.
+        processor_file: content of its image processor's file; None: the backbone's is used.
+        image_processor: None before the first image that it processes.
         waiting: requests to go on with then.
         is_current: it answers new requests.
         is_attached: it is part of the model. Known to the computing thread only, as ``is_alone``.
@@ -93,6 +94,7 @@ class Entry:
     signature: Signature | None
     users: int = 0
     adapter: Adapter | None = None
+    processor_file: bytes | None = None
     image_processor: Any = None
     waiting: list[Any] = field(default_factory=list)
     is_current: bool = True
@@ -122,7 +124,7 @@ class AdapterCache:
             entry = None
         if entry is None:
             self.created += 1
-            entry = self.entries[source] = Entry(f"engine-{self.created}", source, signature)
+            entry = self.entries[source] = Entry(f"{PREFIX}{self.created}", source, signature)
         self.entries.move_to_end(source)
         entry.users += 1
         return entry
@@ -161,15 +163,11 @@ class AdapterLoader:
         hub_options: ``token``, ``cache_dir`` and ``local_files_only``.
     """
 
-    def __init__(
-        self, vpt: VPTModel, structure: Lock, processors: ImageProcessors, hub_options: dict[str, Any]
-    ) -> None:
-        self.vpt, self.structure, self.processors, self.hub_options = vpt, structure, processors, hub_options
+    def __init__(self, vpt: VPTModel, structure: Lock, hub_options: dict[str, Any]) -> None:
+        self.vpt, self.structure, self.hub_options = vpt, structure, hub_options
 
-    def load(self, source: Source) -> tuple[Adapter, Any, Signature | None]:
-        """An adapter, its image processor, and the signature of its files.
-
-        The image processor is None if none was saved with the adapter.
+    def load(self, source: Source) -> tuple[Adapter, bytes | None, Signature | None]:
+        """An adapter, the content of its image processor's file, and the signature of its files.
 
         Raises:
             CheckpointError, AdapterError, ConfigError: as :meth:`VPTModel.load_adapter`.
@@ -179,26 +177,26 @@ class AdapterLoader:
         with hub.pulled(source.adapter, **options) as folder:
             if source.signature is None:
                 return *self._read(folder), None
-            for _ in range(ATTEMPTS):
-                signature, error = source.signature, None
+            for _ in range(ATTEMPTS):  # until nothing has changed meanwhile
+                signature = source.signature
                 try:
                     with io.lock_folder(find_adapter_folder(folder)):
-                        adapter, processor = self._read(folder)
-                except (CheckpointError, OSError) as caught:
-                    error = caught
-                if signature == source.signature:
-                    if error is not None:
-                        raise error
-                    return adapter, processor, signature
+                        adapter, processor_file = self._read(folder)
+                except (CheckpointError, OSError):
+                    if signature == source.signature:
+                        raise
+                else:
+                    if signature == source.signature:
+                        return adapter, processor_file, signature
         raise CheckpointError(f"The folder '{source}' is being replaced over and over. Try again.")
 
-    def _read(self, folder: Path) -> tuple[Adapter, Any]:
+    def _read(self, folder: Path) -> tuple[Adapter, bytes | None]:
         with io.open_folder(folder) as saved:
             with self.structure:
                 adapter = io.load_adapter(saved, self.vpt.backbone, self.vpt._fingerprint)
             file = saved.weights.path.parent / hub.PREPROCESSOR_NAME
-            content = file.read_bytes() if file.is_file() else None
+            processor_file = file.read_bytes() if file.is_file() else None
         if adapter.num_labels == 0:
             raise AdapterError(f"The engine needs adapters with labels, got one with num_labels=0 in '{folder}'.")
         hub.warn_if_revision_differs(adapter.config, self.vpt.base_model)
-        return adapter, None if content is None else self.processors.of_adapter(content, adapter)
+        return adapter, processor_file

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import VPTError, safe_repr
+from ...errors import AdapterError, RouteError, VPTError, safe_repr
 from ...model import VPTModel
 from .costs import PassCosts
 from .errors import EngineError
@@ -119,7 +119,7 @@ class PassRunner:
             if len(requests) == 1:
                 self.fail(requests[0], _of_one_image(error))
                 return
-            if len(by_adapter) > 1 and isinstance(error, VPTError):  # they cannot be mixed on this backbone
+            if len(by_adapter) > 1 and isinstance(error, AdapterError | RouteError):  # they cannot be mixed here
                 for same_adapter in by_adapter:
                     same_adapter[0].entry.is_alone = True
             for part in by_adapter if len(by_adapter) > 1 else [[request] for request in requests]:
