@@ -51,12 +51,12 @@ class Tasks:
     def __init__(self, folder: Path, build: Callable[[], PreTrainedModel]) -> None:
         self.folder, self.build = folder, build
         self.vpts: dict[str, VPTModel] = {}
+        self.saved = 0
 
-    def add(
-        self, name: str, config: dict[str, Any], processor: Any = None, seed: int | None = None, **labels: Any
-    ) -> str:
+    def add(self, name: str, config: dict[str, Any], processor: Any = None, **labels: Any) -> str:
         """Saves a new adapter with random weights, in place of an earlier one of that name."""
-        torch.manual_seed(len(self.vpts) if seed is None else seed)
+        self.saved += 1
+        torch.manual_seed(self.saved)
         vpt = get_vpt_model(self.build(), PromptConfig(**config), **labels).eval()
         move(vpt.adapters["default"])
         self.vpts[name] = vpt
@@ -106,6 +106,12 @@ def picture(seed: int = 0, width: int = 50, height: int = 40) -> Image.Image:
 def results(futures: list[Future[Any]]) -> list[Any]:
     """The answers or errors of requests."""
     return [future.exception(SOON) or future.result() for future in futures]
+
+
+def count_adapters() -> int:
+    """Number of adapters in memory, those of this test and of any other."""
+    gc.collect()
+    return sum(isinstance(one, Adapter) for one in gc.get_objects())
 
 
 class Gate:
@@ -555,11 +561,11 @@ def test_many_clients_are_answered_rightly_while_adapters_come_and_go(tasks: Tas
             name, row = choose.choice(six), choose.randrange(8)
             answered.append((name, row, engine.predict(images[row], tasks.path(name))))
 
+    in_memory = -count_adapters()
     with Engine(vit(), max_adapters=2, max_batch=4, max_wait_ms=1) as engine, ThreadPoolExecutor(8) as clients:
         assert list(clients.map(ask, range(8))) == [None] * 8
         stats = engine.stats()
-        gc.collect()
-        in_memory = sum(isinstance(one, Adapter) for one in gc.get_objects()) - len(tasks.vpts)
+        in_memory += count_adapters()
     for name, row, answer in answered:
         tasks.check(name, images[row], answer)
     assert (stats.accepted, stats.answered, stats.failed) == (200, 200, 0)
@@ -594,6 +600,16 @@ def test_other_adapters_are_answered_while_one_is_loaded(
 
 
 # -- revisions, and folders that change -----------------------------------------------------------------------------
+
+
+def test_the_only_adapter_in_a_subfolder_is_found_and_loaded_again_when_it_changes(tasks: Tasks) -> None:
+    image = some_images(1)[0]
+    with Engine(vit(), max_wait_ms=0) as engine:
+        for _ in range(2):
+            tasks.add("outer/inner", {"num_tokens": 2})
+            answer = engine.predict(image, tasks.path("outer"))
+            torch.testing.assert_close(answer.logits, tasks.logits("outer/inner", image), atol=1e-5, rtol=1e-5)
+        assert engine.tasks() == [tasks.path("outer")]
 
 
 def test_two_revisions_of_a_repository_are_two_adapters(tasks: Tasks, hub: HubServer, tmp_path: Path) -> None:
@@ -633,7 +649,7 @@ def test_requests_from_before_a_replacement_are_answered_by_the_old_adapter_once
     with Engine(vit(), max_batch=2, max_wait_ms=FOREVER, mixing=True) as engine:
         engine.preload(path).result(SOON)
         first = engine.submit(images[0], path)
-        tasks.add("task", {"num_tokens": 3}, seed=9)
+        tasks.add("task", {"num_tokens": 3})
         second = engine.submit(images[1], path)
         torch.testing.assert_close(first.result(SOON).logits, before, atol=1e-5, rtol=1e-5)
         tasks.check("task", images[1], second.result(SOON))
