@@ -8,9 +8,11 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -550,6 +552,10 @@ def test_adapters_that_waiting_requests_need_stay(tasks: Tasks, six: list[str]) 
         for name, image, answer in zip(six, images, results(futures), strict=True):
             tasks.check(name, image, answer)
         assert len(engine.tasks()) == engine.stats().adapters == 2
+    with Engine(vit(), max_adapters=1, max_batch=2, max_wait_ms=FOREVER) as engine:
+        future = engine.submit(images[0], tasks.path(six[0]))
+        engine.preload(tasks.path(six[1])).result(SOON)
+        assert engine.tasks() == [tasks.path(six[0])] and not future.done()
 
 
 def test_many_clients_are_answered_rightly_while_adapters_come_and_go(tasks: Tasks, six: list[str]) -> None:
@@ -654,6 +660,27 @@ def test_requests_from_before_a_replacement_are_answered_by_the_old_adapter_once
         torch.testing.assert_close(first.result(SOON).logits, before, atol=1e-5, rtol=1e-5)
         tasks.check("task", images[1], second.result(SOON))
         assert engine.stats().mixed_batches == 1
+
+
+@pytest.mark.usefixtures("auto_processors")
+def test_weights_are_not_read_before_the_image_processor_that_is_saved_with_them(
+    tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, write, asked = picture(), vpt_peft.io.atomic_write, list[Future[Prediction]]()
+    path = tasks.add("task", {"num_tokens": 2}, processor_for(image_mean=[0.1] * 3))
+    after = processor_for(image_mean=[0.8] * 3)
+
+    with Engine(vit(), max_wait_ms=0) as engine:
+
+        def ask_and_write(file: Path, content: bytes) -> None:
+            if file.name == "preprocessor_config.json":
+                asked.append(engine.submit(image, path))
+                wait(asked, 0.5)  # where weights are read too early, their image is processed too early
+            write(file, content)
+
+        monkeypatch.setattr(vpt_peft.io.folder, "atomic_write", ask_and_write)
+        tasks.add("task", {"num_tokens": 3}, after)
+        tasks.check("task", after(image, return_tensors="pt")["pixel_values"][0], asked[0].result(SOON))
 
 
 @pytest.mark.usefixtures("auto_processors")
@@ -809,6 +836,32 @@ def test_dropout_is_off_while_the_engine_runs_and_the_mode_is_restored(tasks: Ta
     with Engine(vpt, max_wait_ms=0) as engine:
         tasks.check("task", image, engine.predict(image, path))
     assert vpt.training is training
+
+
+FORGETFUL = """
+import sys, torch
+from transformers import ViTConfig, ViTForImageClassification
+from vpt_peft import PromptConfig, get_vpt_model
+from vpt_peft.deploy import Engine
+
+def build():
+    torch.manual_seed(0)
+    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+    return ViTForImageClassification(ViTConfig(**small, patch_size=8)).eval()
+
+get_vpt_model(build(), PromptConfig(num_tokens=2)).save_pretrained(sys.argv[1])
+engine = Engine(build(), max_batch=9, max_wait_ms=1e9)
+for name in (sys.argv[1], "missing/.."):
+    engine.submit(torch.zeros(3, 16, 16), name).add_done_callback(lambda future: print(future.exception() is None))
+print("end")
+"""
+
+
+@pytest.mark.heavy
+def test_a_program_that_does_not_close_the_engine_gets_its_answers_and_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORGETFUL, str(tmp_path / "task")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=True)
+    assert sorted(run.stdout.split()) == ["False", "True", "end"], run.stderr
 
 
 def test_a_model_for_another_task_is_refused_and_unchanged() -> None:
