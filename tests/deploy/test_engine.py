@@ -684,6 +684,28 @@ def test_weights_are_not_read_before_the_image_processor_that_is_saved_with_them
 
 
 @pytest.mark.usefixtures("auto_processors")
+def test_a_folder_that_another_program_overwrites_while_it_is_read_is_read_again(
+    tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, load, after = picture(), vpt_peft.io.load_adapter, processor_for(image_mean=[0.8] * 3)
+    path = tasks.add("task", {"num_tokens": 2}, processor_for(image_mean=[0.1] * 3))
+    tasks.add("after", {"num_tokens": 3}, after)
+
+    def load_and_overwrite(*args: Any) -> Adapter:
+        adapter = load(*args)
+        for file in (tasks.folder / "after").iterdir():
+            shutil.copy(file, path)
+        monkeypatch.undo()
+        return adapter
+
+    monkeypatch.setattr(vpt_peft.io, "load_adapter", load_and_overwrite)
+    with Engine(vit(), max_wait_ms=0) as engine:
+        answer = engine.predict(image, path)
+    expected = tasks.logits("after", after(image, return_tensors="pt")["pixel_values"][0])
+    torch.testing.assert_close(answer.logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("auto_processors")
 def test_no_answer_mixes_the_versions_of_a_folder_that_is_replaced_over_and_over(tasks: Tasks) -> None:
     image, expected = picture(), []
     for version in range(2):

@@ -262,7 +262,10 @@ class Engine:
     def _in_pool(
         self, pool: ThreadPoolExecutor, work: Callable[[], None], fail: Callable[[BaseException], None]
     ) -> None:
-        """Runs a function in a thread of a pool, and another one with its error."""
+        """Runs a function in a thread of a pool, and another one with its error.
+
+        While the interpreter is shutting down, pools take nothing, and it runs in this thread.
+        """
 
         def run() -> None:
             try:
@@ -272,8 +275,8 @@ class Engine:
 
         try:
             pool.submit(run)
-        except RuntimeError as error:  # the interpreter is shutting down
-            fail(EngineClosedError(f"The program ends: {error}."))
+        except RuntimeError:
+            run()
 
     def _load(self, entry: Entry) -> None:
         """Loads the adapter of an entry, and lets the requests for it go on."""
