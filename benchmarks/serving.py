@@ -7,8 +7,9 @@ The backbone has DeiT-tiny's shape and random weights, nothing is downloaded. A 
 after the other, each as soon as it has the answer to the last. The task of a request is drawn by Zipf's law: the task
 of rank k is asked for in proportion to 1 / k. Compared are the engine with mixed batches, with one pass for each task,
 and with its own choice of the two, and PEFT's LoRA with ``adapter_names`` in a loop that answers the longest waiting
-requests in each pass. LoRA has the head of the backbone, since PEFT cannot mix heads, and the loop has no threads. All
-adapters are in memory, except in the rows of an engine that may keep fewer than there are tasks.
+requests in each pass. LoRA has the head of the backbone, since PEFT cannot mix heads, and the loop has no threads; it
+is measured with few tasks only, since the time to add adapters to a model of PEFT grows with the square of their number.
+All adapters are in memory, except in the row of an engine that may keep fewer than there are tasks.
 
 All variants are interleaved in one process, in random order in each round, and every variant gets the same requests.
 Numbers are medians over rounds; the speedup is the median over rounds of the ratio within a round. Prints a Markdown
@@ -27,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,6 +42,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from vpt_peft import PromptConfig, get_vpt_model
 from vpt_peft.deploy import Engine
+from vpt_peft.deploy.engine.costs import ALWAYS_MIX, NEVER_MIX, PassCosts
 from vpt_peft.deploy.engine.stats import percentile
 from vpt_peft.recipes.report.tables import table
 from vpt_peft.recipes.training.models import silence_transformers
@@ -56,6 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "prefix": {"kind": "prefix"},
     "prefix-bias": {"kind": "prefix", "bias": "all"},
 }
+CHOICE, LORA = "the engine's choice", "LoRA, adapter_names"
 LABELS = 10
 IMAGES = 8  # different ones
 Serve = Callable[[Sequence[int], Sequence[Tensor], int], list[float]]
@@ -85,10 +89,16 @@ def draw_tasks(count: int, seed: int) -> Iterator[int]:
         yield choose.choices(range(count), weights)[0]
 
 
-def serve_by_engine(engine: Engine, folders: Sequence[Path]) -> Serve:
-    """Clients of an engine."""
+def serve_by_engine(engine: Engine, folders: Sequence[Path], costs: PassCosts | None = None) -> Serve:
+    """Clients of an engine.
+
+    Args:
+        costs: by which it chooses what is mixed; None: those that it has measured.
+    """
+    costs = costs or engine._runner.costs
 
     def serve(tasks: Sequence[int], images: Sequence[Tensor], clients: int) -> list[float]:
+        engine._runner.costs = costs  # one engine for all, so that adapters are loaded once
         waiting, latencies = iter(enumerate(tasks)), []
         answered: SimpleQueue[tuple[float, Future[Any]]] = SimpleQueue()
 
@@ -139,37 +149,44 @@ def serve_by_lora(args: argparse.Namespace, count: int) -> Serve:
     return serve
 
 
-def make_variants(args: argparse.Namespace, folders: Sequence[Path], stack: ExitStack) -> dict[str, Serve]:
-    """What is measured, by name."""
+def make_variants(
+    args: argparse.Namespace, folders: Sequence[Path], stack: ExitStack
+) -> tuple[dict[str, Serve], PassCosts]:
+    """What is measured, by name, and what the engine has measured itself."""
     options = {"max_batch": args.max_batch, "max_queue": max(args.clients, len(folders)), "max_wait_ms": args.max_wait}
-    engines = {
-        "mixed batches": {"mixing": True},
-        "one pass per task": {"mixing": False},
-        "the engine's choice": {},
+    engine = stack.enter_context(Engine(build_backbone(args), max_adapters=len(folders), **options))
+    for future in [engine.preload(folder) for folder in folders]:
+        future.result()
+    variants = {
+        "mixed batches": serve_by_engine(engine, folders, ALWAYS_MIX),
+        "one pass per task": serve_by_engine(engine, folders, NEVER_MIX),
+        CHOICE: serve_by_engine(engine, folders),
     }
     if args.few_adapters < len(folders):
-        engines[f"the engine's choice, {args.few_adapters} in memory"] = {"max_adapters": args.few_adapters}
-    variants = {}
-    for name, own in engines.items():
-        engine = stack.enter_context(Engine(build_backbone(args), **{"max_adapters": len(folders), **options, **own}))
-        for future in [engine.preload(folder) for folder in folders]:
-            future.result()
-        variants[name] = serve_by_engine(engine, folders)
-    if args.lora:
-        variants["LoRA, adapter_names"] = serve_by_lora(args, len(folders))
-    return variants
+        few = stack.enter_context(Engine(build_backbone(args), max_adapters=args.few_adapters, **options))
+        variants[f"{CHOICE}, {args.few_adapters} in memory"] = serve_by_engine(few, folders)
+    lora_tasks = [count for count in args.tasks if count <= args.lora_tasks]
+    if lora_tasks:
+        variants[LORA] = serve_by_lora(args, max(lora_tasks))
+    return variants, engine._runner.costs
+
+
+def make_cells(variants: dict[str, Serve], args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Variants and numbers of tasks that are measured."""
+    few = f"{CHOICE}, {args.few_adapters} in memory"
+    return [
+        (name, count)
+        for name in variants
+        for count in args.tasks
+        if (name != LORA or count <= args.lora_tasks) and (name != few or count > args.few_adapters)
+    ]
 
 
 def measure(variants: dict[str, Serve], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each variant and number of tasks, with the numbers of all rounds."""
     size = SHAPES[args.shape].get("image_size", 224)
     images = list(torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0)))
-    cells = [
-        (name, count)
-        for name in variants
-        for count in args.tasks
-        if "in memory" not in name or count == max(args.tasks)
-    ]
+    cells = make_cells(variants, args)
     rows: dict[tuple[str, int], dict[str, Any]] = {
         (name, count): {"variant": name, "tasks": count, "rounds": []} for name, count in cells
     }
@@ -217,9 +234,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kind", choices=KINDS, default="deep", help="of the adapters")
     parser.add_argument("--tokens", type=int, default=10, help="prompt length")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
-    parser.add_argument("--no-lora", dest="lora", action="store_false", help="leave LoRA out; it needs peft")
+    parser.add_argument("--lora-tasks", type=int, default=32, help="largest number for LoRA; 0: without it and peft")
     parser.add_argument("--tasks", nargs="+", type=int, default=[1, 8, 32, 1000], help="numbers of tasks")
-    parser.add_argument("--few-adapters", type=int, default=100, help="adapters in memory of a further engine")
+    parser.add_argument("--few-adapters", type=int, default=100, help="adapters in memory of another engine")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-wait", type=float, default=5.0, metavar="MS")
@@ -242,12 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     silence_transformers()
     torch.set_num_threads(args.threads)
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        folders = save_adapters(args, Path(folder), max(args.tasks))
-        rows = measure(make_variants(args, folders, stack), args)
+        variants, costs = make_variants(args, save_adapters(args, Path(folder), max(args.tasks)), stack)
+        rows = measure(variants, args)
     print(make_table(rows))
     if args.output:
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        report = {"environment": environment(args), "settings": settings, "rows": rows}
+        report = {"environment": environment(args), "settings": settings, "costs": asdict(costs), "rows": rows}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report) + "\n")
 

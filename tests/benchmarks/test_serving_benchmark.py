@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import serving
 
-ARGUMENTS = "--shape tiny-vit --tokens 2 --tasks 1 5 --few-adapters 2 --clients 4 --max-batch 3 --requests 7 --rounds 2"
+ARGUMENTS = (
+    "--shape tiny-vit --tokens 2 --tasks 1 5 --few-adapters 2 --lora-tasks 1 "
+    "--clients 4 --max-batch 3 --requests 7 --rounds 2"
+)
 
 
 def test_the_table_compares_the_engine_with_passes_of_their_own(
@@ -18,12 +21,13 @@ def test_the_table_compares_the_engine_with_passes_of_their_own(
     pytest.importorskip("peft")
     output = tmp_path / "new" / "serving.json"
     serving.main([*ARGUMENTS.split(), "--output", str(output)])
-    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in capsys.readouterr().out.splitlines()[-9:]]
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in capsys.readouterr().out.splitlines()[-8:]]
     names = ["mixed batches", "one pass per task", "the engine's choice"]
     few, lora = "the engine's choice, 2 in memory", "LoRA, adapter_names"
-    assert cells == [["1", name] for name in (*names, lora)] + [["5", name] for name in (*names, few, lora)]
+    assert cells == [["1", name] for name in (*names, lora)] + [["5", name] for name in (*names, few)]
     report = json.loads(output.read_text())
     assert report["environment"]["threads"] == 1 and report["settings"]["requests"] == 7
+    assert report["costs"]["fixed"] >= 0 and report["costs"]["mixing"] >= 0
     for row in report["rows"]:
         assert len(row["rounds"]) == 2 and 0 < row["p50"] <= row["p95"] <= row["p99"]
         assert row["variant"] != "one pass per task" or row["speedup"] == 1
