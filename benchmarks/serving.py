@@ -7,8 +7,8 @@ The backbone has DeiT-tiny's shape and random weights, nothing is downloaded. A 
 after the other, each as soon as it has the answer to the last. The task of a request is drawn by Zipf's law: the task
 of rank k is asked for in proportion to 1 / k. Compared are the engine with mixed batches, with one pass for each task,
 and with its own choice of the two, and PEFT's LoRA with ``adapter_names`` in a loop that answers the longest waiting
-requests in each pass. LoRA has the head of the backbone, since PEFT cannot mix heads, and the loop has no threads; it
-is measured with few tasks only, since the time to add adapters to a model of PEFT grows with the square of their number.
+requests in each pass. LoRA has the head of the backbone, since PEFT cannot mix heads, and the loop has no threads.
+It is measured with few tasks, since the time to add adapters to a model of PEFT grows with the square of their number.
 All adapters are in memory, except in the row of an engine that may keep fewer than there are tasks.
 
 All variants are interleaved in one process, in random order in each round, and every variant gets the same requests.
