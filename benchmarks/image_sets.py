@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
 
+from vpt_peft.images.files import image_errors, to_rgb
 from vpt_peft.recipes.data.folders import IMAGE, LABEL, read_splits
-from vpt_peft.recipes.data.images import image_errors, to_rgb
 from vpt_peft.recipes.data.transforms import image_size as image_size_of
 from vpt_peft.recipes.data.transforms import processor_settings
 from vpt_peft.recipes.errors import RecipeError

@@ -37,19 +37,11 @@ from transformers import (
     ViTModel,
 )
 
-import vpt_peft
-from vpt_peft import AdapterError, CheckpointError, PromptConfig, VPTModel, get_vpt_model, hub
+from vpt_peft import AdapterError, CheckpointError, PromptConfig, VPTModel, get_vpt_model, hub, pipeline
 from vpt_peft.pipelines import PIPELINES
 
 NAME, BACKBONE = "me/flowers-vpt", "me/vit"
 MEAN = [0.1, 0.2, 0.3]
-
-
-def pipeline(*args: Any, **kwargs: Any) -> Any:
-    try:
-        return vpt_peft.pipeline(*args, **kwargs)
-    except ImportError:
-        pytest.skip("AutoImageProcessor of this version of transformers needs torchvision")
 
 
 def processor_for(side: int, **options: Any) -> ViTImageProcessorPil:

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from .check import ArchitectureReport, check_architecture
     from .config import PromptConfig
     from .deploy import export
-    from .errors import AdapterError, CheckpointError, ConfigError, RouteError, UnsupportedModelError, VPTError
+    from .errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigError,
+        ImageError,
+        RouteError,
+        UnsupportedModelError,
+        VPTError,
+    )
     from .explanation import Explanation, LayerAttention, draw_explanation, explain, explain_attention
     from .model import VPTModel, get_adapter_state_dict, get_vpt_model, set_adapter_state_dict
     from .pipelines import pipeline
@@ -52,6 +60,7 @@ __all__ = [
     "ConfigError",
     "Explanation",
     "Head",
+    "ImageError",
     "LayerAttention",
     "PromptConfig",
     "PushAdapter",
@@ -85,7 +94,10 @@ _MODULES = {
     "check": ("ArchitectureReport", "check_architecture"),
     "config": ("PromptConfig",),
     "deploy": ("export",),
-    "errors": ("AdapterError", "CheckpointError", "ConfigError", "RouteError", "UnsupportedModelError", "VPTError"),
+    "errors": (
+        "AdapterError", "CheckpointError", "ConfigError", "ImageError", "RouteError", "UnsupportedModelError",
+        "VPTError",
+    ),
     "explanation": ("Explanation", "LayerAttention", "draw_explanation", "explain", "explain_attention"),
     "model": ("VPTModel", "get_adapter_state_dict", "get_vpt_model", "set_adapter_state_dict"),
     "pipelines": ("pipeline",),

@@ -41,5 +41,9 @@ class CheckpointError(VPTError):
     """An adapter folder or state dict is incomplete, damaged, or made for another model."""
 
 
+class ImageError(VPTError):
+    """An image cannot be read, or not be used."""
+
+
 class RouteError(VPTError):
     """Prompts cannot take the requested route, or did not reach a layer."""

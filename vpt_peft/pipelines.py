@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,8 @@ from transformers.backbone_utils import BackboneMixin
 from . import hub
 from .auto import AutoVPTModel
 from .errors import AdapterError, CheckpointError, safe_repr
+from .images.positions import interpolation
+from .images.processors import backbone_revision, load_processor, saved_processor
 from .io import open_folder
 from .model import VPTModel
 
@@ -38,8 +39,7 @@ class AdapterPipeline(transformers.Pipeline):
 
         Position embeddings are interpolated for images of another size than the backbone's, as they were in training.
         """
-        if _needs_interpolation(self.model, model_inputs["pixel_values"]):
-            model_inputs["interpolate_pos_encoding"] = True
+        model_inputs |= interpolation(self.model, tuple(model_inputs["pixel_values"].shape[-2:]))
         training = self.model.training
         if training:
             self.model.train(False)
@@ -160,18 +160,19 @@ def pipeline(
                 folder, name = saved.weights.path.parent, f"adapter '{adapter}'"
                 task = _find_task(saved.config.task_type, len(saved.labels["id2label"]), task, name)
             vpt = AutoVPTModel.from_pretrained(folder, **source, **options)
-        if with_processor and (folder / hub.PREPROCESSOR_NAME).is_file():
-            image_processor = folder
+        if with_processor:
+            image_processor = saved_processor(folder)
     if isinstance(vpt.get_base_model(), BackboneMixin):
         raise AdapterError(
             f"'{task}' gives one tensor of features, but {type(vpt.get_base_model()).__name__} has feature maps of "
             "several layers. Call the model itself: AutoVPTModel.from_pretrained(...)(pixel_values).feature_maps."
         )
-    image_processor = _load(transformers.AutoImageProcessor, image_processor, vpt, source, _image_size(vpt))
+    if isinstance(image_processor, str | os.PathLike | None):
+        image_processor = load_processor(vpt, image_processor, **source)
     if task == "image-segmentation" and getattr(image_processor, "do_center_crop", False):
         image_processor = _without_crop(image_processor)
-    if PIPELINES[task]._load_tokenizer:
-        tokenizer = _load(transformers.AutoTokenizer, tokenizer, vpt, source, {})
+    if PIPELINES[task]._load_tokenizer and isinstance(tokenizer, str | os.PathLike | None):
+        tokenizer = _load_tokenizer(vpt, tokenizer, source)
     return PIPELINES[task](
         model=vpt, task=task, image_processor=image_processor, tokenizer=tokenizer, device=device, **kwargs
     )
@@ -229,34 +230,17 @@ def _find_task(task_type: str | None, num_labels: int, task: str | None, adapter
     return own
 
 
-def _load(auto_class: Any, part: Any, vpt: VPTModel, source: dict[str, Any], options: dict[str, Any]) -> Any:
-    """An image processor or tokenizer.
-
-    Args:
-        part: itself, or the folder or repository to load it from; None: the backbone's.
-        options: of the image processor, in place of those that were saved.
-    """
-    if not isinstance(part, str | os.PathLike | None):
-        return part
-    name = vpt.name_or_path if part is None else os.fspath(part)
-    config = vpt.active_config
-    revision = config.revision if part is None and config.base_model_name_or_path == name else None
+def _load_tokenizer(vpt: VPTModel, name: str | os.PathLike[str] | None, source: dict[str, Any]) -> Any:
+    """The tokenizer in a folder or repository; None: the backbone's."""
+    revision = backbone_revision(vpt) if name is None else None
+    name = vpt.name_or_path if name is None else os.fspath(name)
     try:
-        return auto_class.from_pretrained(name, revision=revision, trust_remote_code=False, **source, **options)
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, **source)
     except (OSError, ValueError) as error:  # transformers turns the Hub client's errors into these
-        kind = "image_processor" if auto_class is transformers.AutoImageProcessor else "tokenizer"
         raise CheckpointError(
-            f"Pass {kind}=..., an object, a folder or a repository. None can be loaded from {safe_repr(name)}: {error}"
+            "Pass tokenizer=..., an object, a folder or a repository. None can be loaded from "
+            f"{safe_repr(name)}: {error}"
         ) from error
-
-
-def _image_size(vpt: VPTModel) -> dict[str, Any]:
-    """Options of an image processor: with a border of prompts, images are smaller than the backbone's."""
-    adapter: Any = vpt.adapters[vpt.active_adapter]
-    if adapter.config.location != "border" or adapter.image_size is None:
-        return {}
-    height, width = adapter.image_size
-    return {"size": {"height": height, "width": width}, "do_center_crop": False}
 
 
 def _without_crop(image_processor: Any) -> Any:
@@ -264,11 +248,3 @@ def _without_crop(image_processor: Any) -> Any:
     image_processor = copy.copy(image_processor)
     image_processor.do_center_crop, image_processor.size = False, image_processor.crop_size
     return image_processor
-
-
-def _needs_interpolation(vpt: VPTModel, pixel_values: torch.Tensor) -> bool:
-    """Whether the model must be told that images have another size than its position embeddings."""
-    if "interpolate_pos_encoding" not in inspect.signature(type(vpt.get_base_model()).forward).parameters:
-        return False  # it interpolates by itself, or cannot
-    adapter: Any = vpt.adapters[vpt.active_adapter]
-    return tuple(pixel_values.shape[-2:]) != (adapter.image_size or vpt.backbone.image_size)

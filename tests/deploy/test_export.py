@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPModel, ViTImageProcessorPil
 
 from vpt_peft import AdapterError, PromptConfig, VPTModel, export, get_vpt_model
 from vpt_peft.deploy import export_adapter
+from vpt_peft.images.processors import read_processor
 
 pytestmark = pytest.mark.heavy
 MODELS: dict[str, Callable[[], Any]] = {
@@ -327,14 +328,14 @@ def test_models_without_a_classifier_are_exported_with_all_of_their_outputs(tmp_
 def test_an_adapter_is_exported_from_its_folder(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import AutoImageProcessor, ViTForImageClassification
+    from transformers import ViTForImageClassification
 
     vpt = get_vpt_model(ViTForImageClassification.from_pretrained(checkpoint), PromptConfig(num_tokens=2))
     enlarge(vpt.eval()).save_pretrained(tmp_path / "adapter")
     difference = export_adapter(tmp_path / "adapter", tmp_path / "new" / "model.pt2", normalize=True)
     assert f"{difference:.1e}" in capsys.readouterr().out
     pixels = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    processor = read_processor(checkpoint)
     normalised = processor(list(pixels.numpy()), return_tensors="pt", do_resize=False)["pixel_values"]
     found = torch.export.load(tmp_path / "new" / "model.pt2").module()(pixels)["logits"]
     torch.testing.assert_close(found, logits(vpt, normalised), atol=EXACT, rtol=0)

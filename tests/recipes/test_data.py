@@ -15,11 +15,15 @@ from datasets import Image as ImageFeature
 from helpers.hub_server import HubServer
 from huggingface_hub import constants, create_repo, upload_folder
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from transformers import AutoConfig
 
+from vpt_peft import ImageError
+from vpt_peft.images.files import open_image, to_rgb
 from vpt_peft.recipes.data import folders, images
 from vpt_peft.recipes.data.folders import first_per_class, load_data, read_splits, select_columns
-from vpt_peft.recipes.data.images import check_all, check_image, to_rgb
+from vpt_peft.recipes.data.images import check_all, check_image
 from vpt_peft.recipes.data.transforms import RandomCropAndFlip, load_image_processor, to_inputs
 from vpt_peft.recipes.errors import RecipeError
 
@@ -181,6 +185,52 @@ def test_broken_images_are_all_named_before_training(image_folder: MakeFolder) -
         load_data(str(folder), seed=0)
 
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "jpg": {},
+    "progressive.jpg": {"progressive": True},
+    "png": {},
+    "webp": {},
+    "gif": {},
+    "bmp": {},
+    "tif": {},
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_images_that_are_cut_off_inside_their_pixels_are_found(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / f"photo.{kind}"
+    Image.effect_noise((60, 40), 90).convert("RGB").save(file, **FORMATS[kind])
+    check_image(str(file))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    with pytest.raises(ImageError, match=r"photo\..*' cannot be read as an image .* Repair or remove it\."):
+        check_image(str(file))
+
+
+def test_a_jpeg_with_something_behind_its_end_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "photo.jpg"
+    Image.effect_noise((60, 40), 90).convert("RGB").save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole + bytes(10))
+    check_image(str(file))
+    file.write_bytes(whole[:900] + bytes(10))
+    with pytest.raises(ImageError, match="truncated"):
+        check_image(str(file))
+
+
+def test_no_pixels_are_decoded_of_jpegs_that_end_as_they_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(image: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    for name in ("photo.jpg", "photo.png", "photo.webp"):
+        Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / name)
+    monkeypatch.setattr(JpegImageFile, "load", refuse)
+    monkeypatch.setattr(PngImageFile, "load", refuse)
+    for name in ("photo.jpg", "photo.png", "photo.webp"):
+        check_image(str(tmp_path / name))
+
+
 def test_many_files_are_checked_by_several_processes(image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = image_folder("colors")
     files = [str(file) for file in sorted(folder.glob("*/*.png"))]
@@ -204,7 +254,7 @@ def test_an_image_that_breaks_behind_its_header_is_named_when_it_is_read(
     assert rows[:2]["pixel_values"].shape[:2] == (2, 3)
     for file in folder.glob("*/*.png"):
         file.write_bytes(file.read_bytes()[:45])
-    with pytest.raises(RecipeError, match=r"\d\.png' cannot be read as an image .*Repair or remove it"):
+    with pytest.raises(ImageError, match=r"\d\.png' cannot be read as an image .*Repair or remove it"):
         rows[:2]
 
 
@@ -213,7 +263,7 @@ def test_images_are_rotated_by_their_exif_orientation(tmp_path: Path) -> None:
     exif = photo.getexif()
     exif[ExifTags.Base.Orientation] = 6  # rotated by 90 degrees
     photo.save(tmp_path / "photo.jpg", exif=exif)
-    with images.open_image(tmp_path / "photo.jpg") as opened:
+    with open_image(tmp_path / "photo.jpg") as opened:
         assert to_rgb(opened).size == (2, 4)
 
 

@@ -12,22 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.hub_server import HubServer
 from helpers.models import Tiny, tiny_vit
-from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, CLIPConfig, CLIPModel, ViTImageProcessorPil
 
 from vpt_peft import AutoVPTModel, PromptConfig, explain_attention, get_vpt_model
+from vpt_peft.images.processors import read_processor
 from vpt_peft.recipes.commands import predict as predict_module
-from vpt_peft.recipes.data.transforms import read_processor
 
 Command = Callable[..., Any]
-needs_processor = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.20"), reason="AutoImageProcessor needs torchvision there"
-)
 Refused = Callable[..., str]
 
 
@@ -122,6 +117,21 @@ def test_several_adapters_answer_each_image_in_mixed_batches(
     assert calls == [3, 2]
     table = command("predict", adapter, other, files[0]).out
     assert [line.split("|")[2].strip() for line in table.splitlines()] == ["Adapter", "------:", "out", "tone"]
+
+
+def test_an_adapter_in_a_subfolder_prepares_images_in_its_own_way(
+    checkpoint: Path, command: Command, tmp_path: Path
+) -> None:
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    vpt = get_vpt_model(model, PromptConfig(num_tokens=2), "colors").eval()
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.9] * 3)
+    vpt.save_pretrained(tmp_path / "adapters", image_processor=processor)
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")
+    expected = expected_scores(tmp_path / "adapters/colors", [tmp_path / "red.png"])
+    found = command("predict", tmp_path / "adapters", tmp_path / "red.png", "--format", "json")
+    assert close(predicted(found), expected)
+    of_backbone = command("predict", checkpoint, tmp_path / "red.png", "--format", "json")
+    assert not close(predicted(of_backbone), expected)
 
 
 def test_adapters_that_prepare_images_differently_are_not_mixed(
@@ -297,7 +307,6 @@ def test_info_says_what_is_no_adapter(
 # -- explain ----------------------------------------------------------------------------------------------------------
 
 
-@needs_processor
 def test_explain_draws_the_attention_and_prints_the_share_of_the_prompts(
     adapter: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -313,7 +322,6 @@ def test_explain_draws_the_attention_and_prints_the_share_of_the_prompts(
         assert min(drawn.size) > 200 and len(drawn.convert("RGB").getcolors(1 << 20) or ()) > 20
 
 
-@needs_processor
 def test_explain_computes_in_float32_whatever_the_backbone_is_stored_in(
     checkpoint: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -332,7 +340,6 @@ def prepared(adapter: Path, image: Path) -> torch.Tensor:
     return read_processor(str(adapter))(Image.open(image).convert("RGB"), return_tensors="pt").pixel_values
 
 
-@needs_processor
 def test_explain_refuses_what_it_cannot_draw(adapter: Path, command: Command, tmp_path: Path) -> None:
     image = tmp_path / "colors/test/red/3.png"
     assert "from 0 to 1" in command("explain", adapter, image, "--layers", 7).err

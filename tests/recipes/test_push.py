@@ -13,7 +13,7 @@ from helpers.hub_server import HubServer
 from transformers import AutoModelForImageClassification
 
 from vpt_peft import VPTModel
-from vpt_peft.recipes.data.transforms import read_processor
+from vpt_peft.images.processors import read_processor
 from vpt_peft.recipes.training import repository
 
 Command = Callable[..., Any]

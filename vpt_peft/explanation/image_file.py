@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +11,8 @@ from torch import Tensor
 
 from .. import hub
 from ..auto import AutoVPTModel
-from ..backbones import Backbone
-from ..errors import AdapterError
+from ..images.positions import interpolation
+from ..images.processors import load_processor, saved_processor
 from ..model import VPTModel
 from .attention import Explanation, explain_attention
 from .drawing import check_output, draw_explanation
@@ -52,72 +50,27 @@ def explain(
     Raises:
         VPTError: the adapter, the image or an argument cannot be used; see the functions above.
         ImportError: matplotlib or Pillow is missing.
-        OSError: a file cannot be read or written, or there is no image processor.
+        OSError: a file does not exist, or cannot be written.
     """
+    from ..images.files import read_image  # here, since only files need Pillow
+
     output = check_output(output)  # before anything is loaded
-    image = _open_image(Path(image_file))
-    folder: str | os.PathLike[str] | None = None
+    image = read_image(image_file)
     if isinstance(adapter_or_model, VPTModel):
-        vpt = adapter_or_model
+        vpt, processor = adapter_or_model, image_processor or load_processor(adapter_or_model)
     else:
-        vpt, folder = AutoVPTModel.from_pretrained(adapter_or_model, dtype=dtype), adapter_or_model
-    processor = image_processor or _load_processor(vpt, folder)
+        with hub.pulled_adapter(adapter_or_model, with_processor=image_processor is None) as folder:
+            vpt = AutoVPTModel.from_pretrained(folder, dtype=dtype)
+            processor = image_processor or load_processor(vpt, saved_processor(folder))
     inputs = dict(processor(image, return_tensors="pt"))
     pixel_values: Tensor = inputs.pop("pixel_values")
-    if _must_interpolate(vpt.backbone, pixel_values):
-        inputs["interpolate_pos_encoding"] = True
+    inputs |= interpolation(vpt, tuple(pixel_values.shape[-2:]))
     if layers is None:
         last = len(vpt.backbone.layers) - 1
         layers = sorted({round(last * step / (NUM_LAYERS - 1)) for step in range(NUM_LAYERS)})
     explanation = explain_attention(vpt, pixel_values, layers, query, **inputs)
     draw_explanation(explanation, _as_seen(image, processor), output)
     return explanation
-
-
-def _open_image(file: Path) -> Image:
-    """An upright RGB image.
-
-    Raises:
-        AdapterError: it has more than 8 bits per channel, of which PIL would clip the values.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as image:
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise AdapterError(
-                f"The image must have 8 bits per channel, got mode {image.mode} in '{file}'. Convert it to 8 bits, "
-                "scaled by the full range of its values."
-            )
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _load_processor(vpt: VPTModel, adapter: str | os.PathLike[str] | None) -> Any:
-    """The image processor that is saved beside an adapter, else that of its backbone."""
-    from transformers import AutoImageProcessor
-
-    base = vpt.active_config.base_model_name_or_path
-    in_folder = adapter is not None and hub.is_folder(adapter)
-    if adapter is not None and (not in_folder or Path(adapter, hub.PREPROCESSOR_NAME).is_file()):
-        try:
-            return AutoImageProcessor.from_pretrained(adapter, trust_remote_code=False)
-        except OSError:
-            if in_folder:
-                raise
-    if base is None:
-        raise AdapterError(
-            "The image must be prepared as in training, but neither the adapter nor its config names an image "
-            "processor, got base_model_name_or_path=None. Pass image_processor."
-        )
-    revision = vpt.active_config.revision or "main"
-    return AutoImageProcessor.from_pretrained(base, revision=revision, trust_remote_code=False)
-
-
-def _must_interpolate(backbone: Backbone, pixel_values: Tensor) -> bool:
-    """Whether the image has another size than the backbone's position embeddings, and it must be told so."""
-    accepted = inspect.signature(type(backbone.encoder).forward).parameters
-    if pixel_values.ndim != 4 or "interpolate_pos_encoding" not in accepted:
-        return False
-    return tuple(pixel_values.shape[-2:]) != backbone.image_size
 
 
 def _as_seen(image: Image, processor: Any) -> Image:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, VPTError
-from ..io import CONFIG_NAME, WEIGHTS_NAME
+from ..io import CONFIG_NAME, WEIGHTS_NAME, open_folder
 from .repo_ids import is_folder, is_repo_id
 
 PREPROCESSOR_NAME = "preprocessor_config.json"  # of images
@@ -53,6 +53,15 @@ def pulled(model_id: str | os.PathLike[str], **source: Any) -> Iterator[Path]:
         if is_folder(model_id) or str(model_id) in str(error):
             raise
         raise type(error)(f"In the repository '{model_id}': {error}") from error
+
+
+@contextmanager
+def pulled_adapter(model_id: str | os.PathLike[str], **source: Any) -> Iterator[Path]:
+    """The folder with the files of an adapter, also where it is a subfolder; otherwise as :func:`pulled`."""
+    with pulled(model_id, **source) as folder:
+        with open_folder(folder) as saved:
+            own = saved.weights.path.parent
+        yield own
 
 
 def pull(

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -20,7 +19,7 @@ from ...adapter import Adapter, is_quantized
 from ...auto import AutoVPTModel
 from ...config import CLASSIFICATION_TASKS
 from ...errors import AdapterError, safe_repr, truncate_list
-from ...io import open_folder
+from ...images.processors import load_processor, saved_processor
 from ...model import VPTModel
 from ...model.arguments import BASE, check_adapters_exist, check_names
 from ...model.initialisation import evaluating
@@ -138,14 +137,10 @@ def export_adapter(
     Raises:
         VPTError, OSError, ImportError: as :meth:`AutoVPTModel.from_pretrained` and :func:`export`.
     """
-    with hub.pulled(adapter, revision=revision, with_processor=True) as pulled:
-        with open_folder(pulled) as saved:
-            folder = saved.weights.path.parent
+    with hub.pulled_adapter(adapter, revision=revision, with_processor=normalize) as folder:
         vpt = AutoVPTModel.from_pretrained(folder, dtype=dtype)
         if normalize:
-            own = (folder / hub.PREPROCESSOR_NAME).is_file()
-            source = folder if own else vpt.name_or_path
-            options["image_processor"] = transformers.AutoImageProcessor.from_pretrained(source)
+            options["image_processor"] = load_processor(vpt, saved_processor(folder))
     difference = export(vpt, path, **options)
     print(f"Wrote {path}. The largest difference between its outputs and the model's is {difference:.1e}.")
     return difference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from ...errors import AdapterError, safe_repr
+from ...images.positions import interpolation
 from ...model import VPTModel
 
 EXAMPLES = 2  # images to trace; with one, torch.export would take the number for fixed
@@ -88,10 +88,7 @@ class Inputs:
 
     def options(self) -> dict[str, Any]:
         """Further arguments of the backbone's forward: some must be told to interpolate position embeddings."""
-        parameters = inspect.signature(type(self.vpt.get_base_model()).forward).parameters
-        own = self.vpt._active.image_size or self.vpt.backbone.image_size
-        must_be_told = "interpolate_pos_encoding" in parameters and self.image_size != own
-        return {"interpolate_pos_encoding": True} if must_be_told else {}
+        return interpolation(self.vpt, self.image_size)
 
 
 def find_image_size(vpt: VPTModel, adapters: Sequence[Any], image_size: object) -> tuple[int, int] | None:

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ...hub import is_folder, is_repo_id
+from ...hub import is_folder, is_repo_id, pulled_adapter
+from ...images.files import SUFFIXES, is_image, read_image
 from ...model import VPTModel
-from ..data.images import SUFFIXES, is_image, open_image, to_rgb
 from ..errors import RecipeError
 from ..report.tables import table
-from ..training.models import ADAPTER_CONFIG, Tuned, choose_device, processor_of, silence_transformers
+from ..training.models import ADAPTER_CONFIG, Tuned, choose_device, processor_of_adapter, silence_transformers
 
 INPUT = ("size", "crop_size", "do_center_crop", "do_normalize", "image_mean", "image_std", "rescale_factor", "resample")
 
@@ -126,8 +126,9 @@ def load_others(first: Tuned, others: Sequence[str]) -> None:
     if not isinstance(first.model, VPTModel):
         raise RecipeError("Several adapters can be mixed only if they are adapters of this library, on one backbone.")
     for index, name in enumerate(others, 1):
-        first.model.load_adapter(name, f"task{index}")
-        processor = processor_of(name, first.model).to_dict()
+        with pulled_adapter(name, with_processor=True) as folder:
+            first.model.load_adapter(folder, f"task{index}")
+            processor = processor_of_adapter(first.model, folder).to_dict()
         differing = [key for key in INPUT if processor.get(key) != first.processor.to_dict().get(key)]
         if differing:
             raise RecipeError(
@@ -145,10 +146,7 @@ def predict(
     tuned: Tuned, names: dict[str, str], files: Sequence[str], args: argparse.Namespace, device: torch.device
 ) -> list[Prediction]:
     """Predictions of one batch of images by each adapter, in one pass."""
-    images = []
-    for file in files:
-        with open_image(file) as image:
-            images.append(to_rgb(image))
+    images = [read_image(file) for file in files]
     pixel_values = tuned.processor(images, return_tensors="pt")["pixel_values"].to(device)
     if len(names) == 1:
         return list(_read(tuned, names["default"], tuned.model(pixel_values=pixel_values).logits, files, images, args))

@@ -11,8 +11,9 @@ from datasets import Image as ImageFeature
 
 from ...errors import truncate_list
 from ...hub import is_folder, is_repo_id
+from ...images.files import SUFFIXES, is_image
 from ..errors import RecipeError
-from .images import SUFFIXES, check_all, check_image, is_image
+from .images import check_all, check_image
 
 IMAGE, LABEL = "image", "label"
 SPLITS = {

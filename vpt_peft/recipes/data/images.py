@@ -1,94 +1,55 @@
-"""Image files: their checks before training, and their conversion to RGB. Without torch, which workers do not need."""
+"""Checks of image files before training, by several processes. Without torch, which they do not need."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
-from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from ...errors import ImageError
+from ...images.files import check_mode, open_image
 from ..errors import RecipeError
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_LISTED = 5
 FILES_PER_PROCESS = 2000  # starting a process takes as long as reading some thousand headers
 MAX_PROCESSES = 8
+END_OF_JPEG = b"\xff\xd9"
 
 T = TypeVar("T")
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file has the suffix of a supported image format."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB image with 8 bits per channel, rotated according to its EXIF orientation.
-
-    Gray, palette and CMYK images are converted; alpha channels are dropped, as by transformers' pipelines.
-
-    Raises:
-        RecipeError: the image has more than 8 bits per channel.
-    """
-    check_mode(image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def check_mode(image: Image.Image) -> None:
-    """Raises RecipeError for more than 8 bits per channel: PIL would clip values above 255."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise RecipeError(
-            f"images must have 8 bits per channel, got mode {image.mode}; convert them, scaled by the range of their "
-            "values"
-        )
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8; 1: upright."""
-    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-
-
-@contextmanager
-def image_errors(name: str) -> Iterator[None]:
-    """Adds the name of an image to errors raised while it is read.
-
-    Raises:
-        RecipeError: the image cannot be read or used.
-    """
-    try:
-        yield
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RecipeError(f"{name} cannot be read as an image ({error}). Repair or remove it.") from error
-    except RecipeError as error:
-        raise RecipeError(f"{name} cannot be used: {error}.") from error
-
-
-@contextmanager
-def open_image(file: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Opens an image file; errors name it, see :func:`image_errors`."""
-    with image_errors(f"'{os.fspath(file)}'"), Image.open(file) as image:
-        yield image
-
-
 def check_image(file: str) -> None:
-    """Checks the header of an image file, and what the format lets check without decoding pixels."""
+    """Checks that an image file can be used and is not cut off.
+
+    PNG files are verified by their checksums, WebP files by their size, and JPEGs by the marker at their end, without
+    decoding pixels. All others are decoded, also JPEGs with something behind that marker.
+
+    Raises:
+        ImageError: names the file.
+    """
     with open_image(file) as image:
         check_mode(image)
         image.verify()
+        is_complete = image.format in ("PNG", "WEBP") or (image.format in ("JPEG", "MPO") and _has_end(file))
+    if not is_complete:
+        with open_image(file) as image:
+            image.load()
+
+
+def _has_end(file: str) -> bool:
+    with open(file, "rb") as stream:
+        stream.seek(-len(END_OF_JPEG), os.SEEK_END)
+        return stream.read() == END_OF_JPEG
 
 
 def check_all(check: Callable[[str], T], files: Sequence[str], title: str) -> list[T]:
     """Calls ``check`` for each file, in several processes where there are many, with a progress bar.
 
     Args:
-        check: a function of a module; raises RecipeError for a file that cannot be used.
+        check: a function of a module; raises ImageError for a file that cannot be used.
 
     Returns:
         The results, in order.
@@ -129,5 +90,5 @@ def _outcome(call: tuple[Callable[[str], T], str]) -> tuple[T | None, str | None
     check, file = call
     try:
         return check(file), None
-    except RecipeError as error:
+    except ImageError as error:
         return None, str(error)

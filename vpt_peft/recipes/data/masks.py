@@ -11,9 +11,11 @@ from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
+from ...errors import ImageError
+from ...images.files import is_image, open_image, orientation
 from ..errors import RecipeError
 from .folders import IMAGE, find_split
-from .images import check_all, check_image, is_image, open_image, orientation
+from .images import check_all, check_image
 
 MASK = "mask"
 VOID = 255  # label of unlabelled pixels; transformers' losses ignore it by default
@@ -76,14 +78,14 @@ def labels_in_mask(file: str, images: dict[str, str], ignore_index: int) -> set[
         width, height, turned = image.width, image.height, orientation(image)
     with open_image(file) as mask:
         if mask.mode not in ("L", "P"):
-            raise RecipeError(f"a mask must have one channel with labels from 0 to 254, got mode {mask.mode}")
+            raise ImageError(f"a mask must have one channel with labels from 0 to 254, got mode {mask.mode}")
         if abs(width * mask.height - height * mask.width) > max(width, height):  # more than rounding to a pixel
-            raise RecipeError(
+            raise ImageError(
                 f"a mask must have the aspect ratio of its image, got {mask.width} x {mask.height} pixels, and "
                 f"{width} x {height} in '{images[file]}'"
             )
         if orientation(mask) != turned:
-            raise RecipeError(
+            raise ImageError(
                 f"a mask must have the EXIF orientation of its image, got {orientation(mask)}, and {turned} in "
                 f"'{images[file]}'. Save both files upright"
             )

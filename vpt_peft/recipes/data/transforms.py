@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import _CACHED_NO_EXIST, file_exists, try_to_load_from_cache
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
+from transformers import AutoConfig, ViTImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ...errors import CheckpointError
 from ...hub import check_model_name
+from ...images.files import image_errors, to_rgb
+from ...images.processors import read_processor
 from ..errors import RecipeError
 from .folders import IMAGE, LABEL
-from .images import image_errors, to_rgb
 from .masks import MASK, read_mask
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -37,36 +37,27 @@ Size = tuple[int, int]  # height, width
 # -- image processors -------------------------------------------------------------------------------------------------
 
 
-def load_image_processor(model_name: str, size: Size | None = None) -> Any:
+def load_image_processor(model_name: str, size: Size | None = None, revision: str | None = None) -> Any:
     """The image processor of a checkpoint; if it has none, one with mean 0.5 and standard deviation 0.5.
 
     Args:
         size: height and width of its output; None: those that the checkpoint was trained on.
+        revision: of the checkpoint's repository; None: the newest.
 
     Raises:
         RecipeError: the checkpoint does not exist or is not a vision model, or its image processor cannot be read.
     """
-    height, width = size or image_size(model_name)
+    height, width = size or image_size(model_name, revision)
     settings = {"size": {"height": height, "width": width}}
-    if not processor_settings(model_name):
+    if not processor_settings(model_name, revision):
         return ViTImageProcessorPil(**settings)
     try:
-        processor = read_processor(model_name)
+        processor = read_processor(model_name, revision=revision)
         if processed_size(processor) == (height, width):
             return processor
-        return read_processor(model_name, do_center_crop=False, **settings)
+        return read_processor(model_name, revision=revision, do_center_crop=False, **settings)
     except (OSError, ValueError) as error:
         raise RecipeError(f"'{model_name}' must have an image processor of transformers: {error}") from error
-
-
-def read_processor(name: str, **changes: Any) -> Any:
-    """The image processor in a folder or repository."""
-    try:
-        return AutoImageProcessor.from_pretrained(name, **changes)
-    except ImportError:  # some versions of transformers require torchvision for this
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        kind = str(settings.get("image_processor_type", "ViTImageProcessor")).removesuffix("Pil").removesuffix("Fast")
-        return getattr(transformers, f"{kind}Pil")(**{**settings, **changes})
 
 
 def processed_size(processor: Any) -> Size:
@@ -79,7 +70,7 @@ def processed_size(processor: Any) -> Size:
     return height, width
 
 
-def image_size(model_name: str) -> Size:
+def image_size(model_name: str, revision: str | None = None) -> Size:
     """Height and width of the images that a checkpoint was trained on.
 
     Raises:
@@ -87,7 +78,7 @@ def image_size(model_name: str) -> Size:
     """
     try:
         check_model_name(model_name)
-        config = AutoConfig.from_pretrained(model_name)
+        config = AutoConfig.from_pretrained(model_name, revision=revision)
         inner = getattr(config, "vision_config", None) or getattr(config, "backbone_config", None)
         size = getattr(config if hasattr(config, "image_size") else inner, "image_size")  # noqa: B009  of any config
     except CheckpointError as error:
@@ -99,16 +90,16 @@ def image_size(model_name: str) -> Size:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def processor_settings(model_name: str) -> dict[str, Any]:
+def processor_settings(model_name: str, revision: str | None = None) -> dict[str, Any]:
     """Settings of a checkpoint's image processor; an empty dict and a message on stderr if it has none.
 
     Raises:
         RecipeError: there is, or may be, an image processor, but it cannot be read.
     """
     try:
-        return ImageProcessingMixin.get_image_processor_dict(model_name)[0]
+        return ImageProcessingMixin.get_image_processor_dict(model_name, revision=revision)[0]
     except (OSError, ValueError) as error:
-        if not _lacks_processor(model_name):
+        if not _lacks_processor(model_name, revision):
             raise RecipeError(
                 f"The image processor of '{model_name}' cannot be read, and with a normalisation other than in "
                 f"pretraining the results would be silently wrong: {error}"
@@ -119,16 +110,16 @@ def processor_settings(model_name: str) -> dict[str, Any]:
 
 def has_processor(model_name: str) -> bool:
     """Whether a folder or repository has a file of an image processor."""
-    return not _lacks_processor(model_name)
+    return not _lacks_processor(model_name, None)
 
 
-def _lacks_processor(model_name: str) -> bool:
+def _lacks_processor(model_name: str, revision: str | None) -> bool:
     if os.path.isdir(model_name):
         return not any(Path(model_name, file).is_file() for file in PROCESSOR_FILES)
-    if all(try_to_load_from_cache(model_name, file) is _CACHED_NO_EXIST for file in PROCESSOR_FILES):
+    if all(try_to_load_from_cache(model_name, file, revision=revision) is _CACHED_NO_EXIST for file in PROCESSOR_FILES):
         return True
     try:
-        return not any(file_exists(model_name, file) for file in PROCESSOR_FILES)
+        return not any(file_exists(model_name, file, revision=revision) for file in PROCESSOR_FILES)
     except Exception:  # the Hub cannot be reached
         return False
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -28,10 +27,13 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from ...adapter import Adapter
 from ...auto import AutoVPTModel
-from ...hub import check_model_name, is_folder, suggest_login
+from ...hub import check_model_name, is_folder, pulled_adapter, suggest_login
+from ...images.positions import ARGUMENT, can_interpolate
+from ...images.processors import backbone_revision, load_processor, read_processor, saved_processor
 from ...model import VPTModel
-from ..data.transforms import Size, has_processor, load_image_processor, processed_size, read_processor
+from ..data.transforms import Size, has_processor, load_image_processor, processed_size
 from ..errors import RecipeError
 
 TASKS = ("classification", "segmentation")
@@ -161,7 +163,7 @@ def fit_to_size(model: Any, size: Size) -> None:
     own = getattr(bare.config, "image_size", None)
     if own is None or size == ((own, own) if isinstance(own, int) else tuple(own)):
         return
-    if "interpolate_pos_encoding" in inspect.signature(type(bare).forward).parameters:
+    if can_interpolate(bare):
         model.register_forward_pre_hook(_interpolate, with_kwargs=True)
     training = model.training
     try:
@@ -177,7 +179,7 @@ def fit_to_size(model: Any, size: Size) -> None:
 
 
 def _interpolate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "interpolate_pos_encoding": True}
+    return args, {**kwargs, ARGUMENT: True}
 
 
 # -- fine-tuned models ------------------------------------------------------------------------------------------------
@@ -216,8 +218,11 @@ class Tuned:
         check_model_name(name)
         with suggest_login():
             kind = peft_type(name)
+            processor = None
             if kind == "VPT":
-                model = AutoVPTModel.from_pretrained(name, dtype=torch.float32)
+                with pulled_adapter(name, with_processor=True) as folder:
+                    model = AutoVPTModel.from_pretrained(folder, dtype=torch.float32)
+                    processor = processor_of_adapter(model, folder)
             elif kind is not None:
                 model = _load_peft(name)
             else:
@@ -226,7 +231,7 @@ class Tuned:
                 auto_class: Any = AutoModelForSemanticSegmentation if segments else AutoModelForImageClassification
                 model = auto_class.from_pretrained(name, dtype=torch.float32)
         model.to(device).train(False)
-        processor = processor_of(name, model)
+        processor = processor or _processor_of(name, model)
         fit_to_size(model, processed_size(processor))
         names = model.config.id2label
         return cls(model, processor, [names[label] for label in range(model.config.num_labels)], _task_of(model))
@@ -274,7 +279,15 @@ def _load_peft(name: str) -> Any:
     return PeftModel.from_pretrained(model, name)
 
 
-def processor_of(name: str, model: Any) -> Any:
+def processor_of_adapter(vpt: VPTModel, folder: Path) -> Any:
+    """The image processor saved with the active adapter, in this folder; else that of its backbone."""
+    saved, adapter = saved_processor(folder), cast(Adapter, vpt.adapters[vpt.active_adapter])
+    if saved is not None:
+        return load_processor(vpt, saved)
+    return load_image_processor(vpt.name_or_path, adapter.image_size, backbone_revision(vpt))
+
+
+def _processor_of(name: str, model: Any) -> Any:
     """The image processor saved with a model; else that of its backbone."""
     if has_processor(name):
         return read_processor(name)
