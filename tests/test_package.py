@@ -109,6 +109,7 @@ LAYERS = [
     "vpt_peft.model.vpt_model",
     "vpt_peft.model.saving",
     "vpt_peft.model.initialisation",
+    "vpt_peft.model.modes",
     "vpt_peft.model.pretrained",
     "vpt_peft.model.status",
     "vpt_peft.model.backbone_checks",

@@ -19,6 +19,7 @@ from .images.positions import interpolation
 from .images.processors import backbone_revision, load_processor, saved_processor
 from .io import open_folder
 from .model import VPTModel
+from .model.modes import eval_mode
 
 WITH_LABELS = ("image-classification", "image-segmentation", "object-detection")  # they answer with an adapter's own
 
@@ -40,14 +41,8 @@ class AdapterPipeline(transformers.Pipeline):
         Position embeddings are interpolated for images of another size than the backbone's, as they were in training.
         """
         model_inputs |= interpolation(self.model, tuple(model_inputs["pixel_values"].shape[-2:]))
-        training = self.model.training
-        if training:
-            self.model.train(False)
-        try:
+        with eval_mode(self.model):
             return super().forward(model_inputs, **forward_params)  # type: ignore[no-untyped-call]
-        finally:
-            if training:
-                self.model.train()
 
 
 class ImageClassificationPipeline(AdapterPipeline, transformers.ImageClassificationPipeline):

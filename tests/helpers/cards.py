@@ -1,4 +1,4 @@
-"""Running the code of a model card."""
+"""Model cards, and running their code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import ViTImageProcessor
+
+from vpt_peft import VPTModel
+
+
+def save_with_processor(vpt: VPTModel, side: int, folder: Path, has_own: bool) -> tuple[str, Any]:
+    """Saves an adapter into "adapter", and an image processor for squares beside the backbone in "backbone".
+
+    Args:
+        has_own: the image processor is saved with the adapter too.
+
+    Returns:
+        The adapter's card, and the image processor.
+    """
+    processor = ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(folder / "backbone")
+    vpt.save_pretrained(folder / "adapter", image_processor=processor if has_own else None)
+    return (folder / "adapter/README.md").read_text(), processor
 
 
 def run_code(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch, block: int = -1) -> dict[str, Any]:

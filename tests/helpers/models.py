@@ -122,6 +122,18 @@ def logits(model: torch.nn.Module, pixel_values: Tensor, **kwargs: object) -> Te
         return model(pixel_values, **kwargs).logits
 
 
+def train_two_steps(model: torch.nn.Module, tiny: Tiny) -> None:
+    """Two steps of SGD on the trainable parameters, with the same random numbers in each call."""
+    torch.manual_seed(6)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(pixel_values=tiny.pixel_values, labels=tiny.labels).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
 def gradients(vpt: VPTModel) -> dict[str, Tensor]:
     """Gradients of the active adapter's tensors by name."""
     tensors = vpt.adapters[vpt.active_adapter].state_dict(keep_vars=True)

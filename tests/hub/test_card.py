@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.cards import run_code
+from helpers.cards import run_code, save_with_processor
 from helpers.clip_families import CLIP_FAMILIES
 from helpers.models import BEIT, SWIN, VIT, Tiny, logits, tiny_beit_segmenter
 from huggingface_hub import ModelCard
@@ -200,11 +200,8 @@ def test_code_from_a_card_classifies_a_file(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    side = tiny.pixel_values.shape[-1]
-    processor = ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.1, 0.2, 0.3])
-    processor.save_pretrained(tmp_path / "backbone")
-    trained.save_pretrained(tmp_path / "adapter", image_processor=processor if has_own else None)
-    names = run_code((tmp_path / "adapter/README.md").read_text(), tmp_path, monkeypatch)
+    card, processor = save_with_processor(trained, tiny.pixel_values.shape[-1], tmp_path, has_own)
+    names = run_code(card, tmp_path, monkeypatch)
     expected = logits(trained, processor(names["image"], return_tensors="pt").pixel_values)
     assert torch.equal(names["logits"], expected)
     assert capsys.readouterr().out.strip() == f"LABEL_{expected.argmax().item()}"
@@ -219,11 +216,7 @@ def test_two_lines_from_a_card_classify_a_file(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    side = tiny.pixel_values.shape[-1]
-    processor = ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.1, 0.2, 0.3])
-    processor.save_pretrained(tmp_path / "backbone")
-    trained.save_pretrained(tmp_path / "adapter", image_processor=processor if has_own else None)
-    card = (tmp_path / "adapter/README.md").read_text()
+    card, _ = save_with_processor(trained, tiny.pixel_values.shape[-1], tmp_path, has_own)
     run_code(card, tmp_path, monkeypatch, block=0)
     answer = ast.literal_eval(capsys.readouterr().out)
     names = run_code(card, tmp_path, monkeypatch)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers.clip_families import CLIP_FAMILIES
-from helpers.models import Tiny, assert_same, logits, tiny_vit
+from helpers.models import Tiny, assert_same, logits, tiny_vit, train_two_steps
 from helpers.tasks import TASKS
 from PIL import Image
 from torch import nn
@@ -105,14 +105,7 @@ def test_training_is_that_of_get_vpt_model(tiny: Tiny, new: Any, config: dict[st
     torch.manual_seed(5)
     model.add_adapter(VPTConfig(**config))
     for one in (vpt, model):
-        torch.manual_seed(6)
-        optimizer = torch.optim.SGD([parameter for parameter in one.parameters() if parameter.requires_grad], lr=0.5)
-        one.train()
-        for _ in range(2):
-            optimizer.zero_grad()
-            one(pixel_values=tiny.pixel_values, labels=tiny.labels).loss.backward()
-            optimizer.step()
-        one.eval()
+        train_two_steps(one, tiny)
     assert torch.equal(logits(model, tiny.pixel_values), logits(vpt, tiny.pixel_values))
     assert_same({name: tensor for name, tensor in model.state_dict().items() if name in backbone}, backbone)
     model.save_pretrained(tmp_path / "trained")

@@ -15,7 +15,7 @@ import torch
 from helpers.clip_families import CLIP_FAMILIES
 from helpers.families import some_images
 from helpers.hub_server import HubServer
-from helpers.models import Tiny, assert_same, logits, move, tiny_vit
+from helpers.models import Tiny, assert_same, logits, move, tiny_vit, train_two_steps
 from helpers.tasks import TASKS
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -84,14 +84,7 @@ def test_training_is_that_of_get_vpt_model(tiny: Tiny, new: Any, config: dict[st
     model = get_peft_model(tiny.model, VPTConfig(**config, num_labels=7))
     assert model.get_nb_trainable_parameters() == vpt.get_nb_trainable_parameters()
     for one in (vpt, model):
-        torch.manual_seed(6)
-        optimizer = torch.optim.SGD([parameter for parameter in one.parameters() if parameter.requires_grad], lr=0.5)
-        one.train()
-        for _ in range(2):
-            optimizer.zero_grad()
-            one(pixel_values=tiny.pixel_values, labels=tiny.labels).loss.backward()
-            optimizer.step()
-        one.eval()
+        train_two_steps(one, tiny)
     assert torch.equal(logits(model, tiny.pixel_values), logits(vpt, tiny.pixel_values))
     assert_same(tiny.model.state_dict(), before)
     model.save_pretrained(tmp_path / "trained")

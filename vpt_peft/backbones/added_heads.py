@@ -147,15 +147,13 @@ def add_classifier(backbone: Backbone, num_labels: int) -> Backbone:
     unread = [*backbone.head.unread]
     if backbone.num_prefix_tokens and getattr(backbone.model, "pooler", None) is not None:
         unread.append("pooler")  # [CLS] is read in its place
-    norm, pooler = (path and f"backbone.{path}" for path in (backbone.head.pooled_norm, backbone.head.pooler))
     head = Head(
         backbone.architecture.classification,
-        ("classifier",),
-        unread=tuple(f"backbone.{path}" for path in unread),
-        pooled_norm=norm if backbone.head.reads_pooled else None,
-        pooler=pooler,
+        unread=tuple(unread),
+        pooled_norm=backbone.head.pooled_norm if backbone.head.reads_pooled else None,
+        pooler=backbone.head.pooler,
     )
-    return replace(backbone, model=BackboneForImageClassification(backbone, num_labels), head=head)
+    return _wrap(backbone, BackboneForImageClassification, num_labels, head)
 
 
 def add_decode_head(backbone: Backbone, num_labels: int) -> Backbone:
@@ -173,14 +171,28 @@ def add_decode_head(backbone: Backbone, num_labels: int) -> Backbone:
     modules = dict(backbone.model.named_modules())
     pooler = next((path for path in (backbone.head.pooler, *POOLERS) if path in modules), None)
     unread = [*backbone.head.unread, *([] if pooler is None else [pooler])]
-    head = Head(
-        "SEMANTIC_SEGMENTATION",
-        ("classifier",),
-        ("classifier",),
-        unread=tuple(f"backbone.{path}" for path in unread),
-        pooler=pooler and f"backbone.{pooler}",
+    head = Head("SEMANTIC_SEGMENTATION", outputs=("classifier",), unread=tuple(unread), pooler=pooler)
+    return _wrap(backbone, BackboneForSemanticSegmentation, num_labels, head)
+
+
+def _wrap(backbone: Backbone, model_class: type[BackboneWithHead], num_labels: int, head: Head) -> Backbone:
+    """The backbone in a model with a head.
+
+    Args:
+        head: its declaration, with paths of modules in the model without a head.
+    """
+
+    def inside(path: str | None) -> str | None:
+        return path and f"backbone.{path}"
+
+    head = replace(
+        head,
+        paths=("classifier",),
+        unread=tuple(f"backbone.{path}" for path in head.unread),
+        pooled_norm=inside(head.pooled_norm),
+        pooler=inside(head.pooler),
     )
-    return replace(backbone, model=BackboneForSemanticSegmentation(backbone, num_labels), head=head)
+    return replace(backbone, model=model_class(backbone, num_labels), head=head)
 
 
 def _reason_against_decode_head(backbone: Backbone) -> str | None:

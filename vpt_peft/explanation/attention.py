@@ -13,7 +13,7 @@ from ..config import SPATIAL_TASKS, PromptConfig
 from ..errors import AdapterError, RouteError, UnsupportedModelError, safe_repr
 from ..model import VPTModel
 from ..model.arguments import check_pixel_values
-from ..model.initialisation import evaluating
+from ..model.modes import evaluating
 from .recorder import LayerAttention, record_attention
 
 QUERIES = ("class", "patches")

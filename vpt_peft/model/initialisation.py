@@ -7,7 +7,7 @@ backbone, and then :func:`write_prompts` copies what it found into the adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -142,19 +142,6 @@ def write_prompts(adapter: Adapter, backbone: Backbone, tokens: Mapping[int, Ten
             pair = adapter.prefix[layer]
             keys = make_keys(backbone.layers[layer], values).float()
             io.load_state_dict(pair, {"key": keys, "value": io.gather_state_dict(pair)["value"]})
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which a model is in eval mode, runs without gradients and is not compiled, so that hooks work."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _fresh_layers(adapter: Adapter) -> list[int]:

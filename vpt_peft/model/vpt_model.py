@@ -43,7 +43,8 @@ from .backbone_checks import (
     with_head,
 )
 from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits, mix_adapters, watch_gradients
-from .initialisation import check_init, collect_tokens, evaluating, write_prompts
+from .initialisation import check_init, collect_tokens, write_prompts
+from .modes import evaluating
 from .pretrained import PreTrainedAdapterModel
 from .saving import adapter_folder, check_repository, save_adapters
 from .status import ModelStatus, get_status

@@ -22,7 +22,7 @@ from ...errors import AdapterError, safe_repr, truncate_list
 from ...images.processors import load_processor, saved_processor
 from ...model import VPTModel
 from ...model.arguments import BASE, check_adapters_exist, check_names
-from ...model.initialisation import evaluating
+from ...model.modes import evaluating
 from ...version import __version__
 from .formats import Run, check_onnx_installed, quiet, write_compiled, write_onnx, write_program
 from .graph import ExportedModel, Normalization, exportable_attention, flatten_output, label_outputs

@@ -33,6 +33,7 @@ from ...hub import check_model_name, is_folder, pulled_adapter, suggest_login
 from ...images.positions import ARGUMENT, can_interpolate
 from ...images.processors import backbone_revision, load_processor, read_processor, saved_processor
 from ...model import VPTModel
+from ...model.modes import eval_mode
 from ..data.transforms import Size, has_processor, load_image_processor, processed_size
 from ..errors import RecipeError
 
@@ -165,17 +166,14 @@ def fit_to_size(model: Any, size: Size) -> None:
         return
     if can_interpolate(bare):
         model.register_forward_pre_hook(_interpolate, with_kwargs=True)
-    training = model.training
     try:
-        with torch.no_grad():
-            model.train(False)(pixel_values=torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+        with eval_mode(model), torch.no_grad():
+            model(pixel_values=torch.zeros(1, 3, *size, device=next(model.parameters()).device))
     except (RuntimeError, ValueError) as error:
         raise RecipeError(
             f"{type(bare).__name__} cannot take images of {size[0]} x {size[1]} pixels: {error}. Try a multiple of its "
             "patch size, or leave out --image-size."
         ) from error
-    finally:
-        model.train(training)
 
 
 def _interpolate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
