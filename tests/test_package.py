@@ -60,6 +60,7 @@ LAYERS = [
     "vpt_peft.recipes.data.masks",
     "vpt_peft.recipes.data.folders",
     "vpt_peft.recipes.data.images",
+    "vpt_peft.recipes.sources",
     "vpt_peft.recipes.errors",
     "vpt_peft.convert.__main__",
     "vpt_peft.convert",

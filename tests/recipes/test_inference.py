@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from helpers.hub_server import HubServer
 from helpers.models import Tiny, tiny_vit
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, CLIPConfig, CLIPModel, ViTImageProcessorPil
@@ -263,6 +265,65 @@ def test_unknown_classes_splits_and_data_are_told(
     )
     assert "does not exist. Check the path" in refused("evaluate", adapter, "--data", tmp_path / "nowhere")
     assert "nowhere" in refused("evaluate", tmp_path / "nowhere", "--data", tmp_path / "colors")
+
+
+# -- missing adapters -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_connection(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The Hub cannot be reached, and its client must not wait before it tries again."""
+
+    def refuse(seconds: float) -> None:
+        raise AssertionError(f"waited for {seconds} s")
+
+    with hub.client(), socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # nobody listens there
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr("time.sleep", refuse)
+        yield
+
+
+COMMAND_LINES = ["info {}", "explain {} red.png", "predict {} red.png", "evaluate {} --data ."]
+
+
+@pytest.mark.parametrize("command_line", COMMAND_LINES)
+def test_without_a_connection_a_missing_adapter_is_told_at_once(
+    command_line: str, no_connection: None, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs/flowers").mkdir(parents=True)
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")
+    monkeypatch.chdir(tmp_path)
+    message = refused(*command_line.format("runs/flowerz").split())
+    assert "There is no folder 'runs/flowerz', and whether there is a repository of that name is unknown" in message
+    assert "the Hub cannot be reached" in message and message.endswith("Did you mean 'runs/flowers'?")
+    message = refused(*command_line.format("me/nothing").split())
+    assert "There is no folder 'me/nothing'" in message and "Did you mean" not in message
+    assert "Did you mean 'runs/flowers'?" in refused(*command_line.format("./runs/flower").split())
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_without_a_connection_a_cached_adapter_is_used_at_once(
+    adapter: Path, command: Command, no_connection: None, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreachable = constants.ENDPOINT
+    hub.add_repo("me/colors", adapter)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    image = str(adapter.parent / "colors/test/red/3.png")
+    expected = predicted(command("predict", "me/colors", image, "--format", "json"))
+    monkeypatch.setattr(constants, "ENDPOINT", unreachable)
+    assert predicted(command("predict", "me/colors", image, "--format", "json")) == expected
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_missing_repository_may_be_a_misspelt_folder(
+    refused: Refused, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "me/flowers").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with hub.client():
+        message = refused("info", "me/flowerz")
+    assert message.endswith("folder 'me/flowerz' nor a repository of that name. Did you mean 'me/flowers'?")
 
 
 # -- info -------------------------------------------------------------------------------------------------------------

@@ -477,7 +477,7 @@ def test_resuming_with_changed_settings_or_data_is_an_error(train: Train, tmp_pa
     [
         (["--data", "nowhere"], "The dataset 'nowhere' is no folder here, and cannot be loaded from the Hub"),
         (["--data", "./no/where"], "which does not exist. Check the path"),
-        (["--model", "nowhere/at-all"], "name or folder of a vision checkpoint, got 'nowhere/at-all'"),
+        (["--model", "nowhere/at-all"], "There is no folder 'nowhere/at-all', and whether there is a repository"),
         (["--model", "./typo"], "got './typo', which is neither an existing folder nor a valid repository name"),
         (["--method", "linear", "--num-tokens", "5"], "requires a method with prompts, got Linear head"),
         (["--output", "colors/train/red/0.png"], "--output must be a folder that can be written to"),

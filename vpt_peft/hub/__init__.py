@@ -9,7 +9,7 @@ from .provenance import (
     warn_if_revision_differs,
     without_local_backbone,
 )
-from .repo_ids import check_model_name, is_folder, is_repo_id
+from .repo_ids import check_model_name, is_folder, is_repo_id, similar_folder
 from .transfer import (
     PREPROCESSOR_NAME,
     fetch_cards,
@@ -44,6 +44,7 @@ __all__ = [
     "push",
     "render_card",
     "resolve_commit",
+    "similar_folder",
     "suggest_login",
     "tensor_names",
     "update_card",

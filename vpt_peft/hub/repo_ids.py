@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -33,5 +34,16 @@ def check_model_name(name: str | os.PathLike[str]) -> None:
     if not is_folder(name) and not is_repo_id(os.fspath(name)):
         raise CheckpointError(
             f"Expected the folder of a model, or its name on the Hub, got {safe_repr(os.fspath(name))}, which is "
-            "neither an existing folder nor a valid repository name. Check the path."
+            f"neither an existing folder nor a valid repository name.{similar_folder(name) or ' Check the path.'}"
         )
+
+
+def similar_folder(name: str | os.PathLike[str]) -> str:
+    """A sentence about the folder whose name is most similar to that of a missing one; empty: there is none."""
+    path = Path(name)
+    try:
+        names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    except (OSError, ValueError):
+        return ""
+    found = get_close_matches(path.name, names, 1)
+    return f" Did you mean '{path.parent / found[0]}'?" if found else ""

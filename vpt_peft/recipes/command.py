@@ -101,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for category in (DeprecationWarning, FutureWarning):  # for those who maintain our dependencies
                 warnings.simplefilter("ignore", category)
             warnings.showwarning = lambda message, *_, **__: options.report(f"{prog}: warning", message)
-            import_module(COMMANDS[args.command].module).run(args)
+            command = import_module(COMMANDS[args.command].module)
+            from .sources import hub_settings  # here, since it imports torch
+
+            with hub_settings():
+                command.run(args)
     except KeyboardInterrupt as interrupt:
         options.report(prog, interrupt if str(interrupt) else "Interrupted.")
         return INTERRUPTED

@@ -8,12 +8,14 @@ import torch
 
 from ...explanation import explain
 from ..report.tables import table
+from ..sources import check_source
 from ..training.models import silence_transformers
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     silence_transformers()
+    check_source(args.adapter)
     explanation = explain(args.adapter, args.image, args.layers, args.output, args.query, dtype=torch.float32)
     rows = [("Layer", "Attention to the prompts")]
     for index, layer in zip(explanation.layers, explanation.with_adapter, strict=True):

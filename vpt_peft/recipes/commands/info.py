@@ -13,6 +13,7 @@ from ...hub import is_folder, pulled
 from ...io import open_folder
 from ...io.folder import SavedAdapter
 from ..errors import RecipeError
+from ..sources import check_source
 from ..training.models import peft_type
 
 MAX_LABELS = 20
@@ -23,6 +24,7 @@ HIDDEN = ("base_model_name_or_path", "revision", "inference_mode", "peft_type")
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    check_source(args.adapter)
     kind = peft_type(args.adapter) if is_folder(args.adapter) else "VPT"
     if kind != "VPT":
         what = "a full model or no model" if kind is None else f"an adapter of PEFT ({kind})"

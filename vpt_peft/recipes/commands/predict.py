@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ...hub import is_folder, is_repo_id, pulled_adapter
+from ...hub import is_folder, is_repo_id, pulled_adapter, similar_folder
 from ...images.files import SUFFIXES, is_image, read_image
 from ...model import VPTModel
 from ..errors import RecipeError
 from ..report.tables import table
+from ..sources import check_source
 from ..training.models import ADAPTER_CONFIG, Tuned, choose_device, processor_of_adapter, silence_transformers
 
 INPUT = ("size", "crop_size", "do_center_crop", "do_normalize", "image_mean", "image_std", "rescale_factor", "resample")
@@ -69,7 +70,7 @@ def split_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:
     if not adapters:
         raise RecipeError(
             f"The first argument must be an adapter, a folder with {ADAPTER_CONFIG} or a repository on the Hub, got "
-            f"'{sources[0]}'."
+            f"'{sources[0]}'.{'' if Path(sources[0]).exists() else similar_folder(sources[0])}"
         )
     if not patterns:
         raise RecipeError(
@@ -126,6 +127,7 @@ def load_others(first: Tuned, others: Sequence[str]) -> None:
     if not isinstance(first.model, VPTModel):
         raise RecipeError("Several adapters can be mixed only if they are adapters of this library, on one backbone.")
     for index, name in enumerate(others, 1):
+        check_source(name)
         with pulled_adapter(name, with_processor=True) as folder:
             first.model.load_adapter(folder, f"task{index}")
             processor = processor_of_adapter(first.model, folder).to_dict()

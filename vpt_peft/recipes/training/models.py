@@ -29,13 +29,14 @@ from transformers import (
 
 from ...adapter import Adapter
 from ...auto import AutoVPTModel
-from ...hub import check_model_name, is_folder, pulled_adapter, suggest_login
+from ...hub import is_folder, pulled_adapter, suggest_login
 from ...images.positions import ARGUMENT, can_interpolate
 from ...images.processors import backbone_revision, load_processor, read_processor, saved_processor
 from ...model import VPTModel
 from ...model.modes import eval_mode
 from ..data.transforms import Size, has_processor, load_image_processor, processed_size
 from ..errors import RecipeError
+from ..sources import check_source
 
 TASKS = ("classification", "segmentation")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -213,7 +214,7 @@ class Tuned:
         Raises:
             VPTError, OSError: there is none, or it cannot be loaded.
         """
-        check_model_name(name)
+        check_source(name)
         with suggest_login():
             kind = peft_type(name)
             processor = None

@@ -17,6 +17,7 @@ from ..data.masks import VOID, load_masks
 from ..data.transforms import RandomCropAndFlip, Size, load_image_processor, processed_size, to_inputs
 from ..errors import RecipeError
 from ..report.metrics import Metric
+from ..sources import check_source
 from .methods import METHODS, SEGMENTATION_METHODS, SMALL_METHODS, Method
 from .models import (
     fit_to_size,
@@ -78,6 +79,8 @@ class Task:
             RecipeError: the model or the dataset cannot be used.
         """
         has_data = args.model is not None
+        if has_data:
+            check_source(args.model)
         source = args.data if has_data else str(args.output / "data")
         with settings.process_state().main_process_first():
             if not has_data:
