@@ -228,6 +228,67 @@ def test_an_added_classifier_works_in_every_way(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
 
 
+def segment(model: Any, num_labels: int = NUM_LABELS, **config: Any) -> VPTModel:
+    """The model with the decode head that the library adds."""
+    config = {"num_tokens": 3, "task_type": "SEMANTIC_SEGMENTATION", **config}
+    return enlarge(get_vpt_model(model, PromptConfig(**config), num_labels=num_labels).eval())
+
+
+def without_head(name: str) -> Any:
+    """A model of timm without a classifier, of an architecture whose classifier the tests know."""
+    source = FAMILIES[f"timm_{name}"].bare()
+    config = TimmWrapperConfig(architecture=source.config.architecture, model_args=source.config.model_args)
+    return randomized(TimmWrapperModel(config)).eval()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit", "vit_mean_of_patches", "vit_without_class_token", "siglip", "dinov2_registers", "deit_distilled",
+        "eva02", "dinov3", "perception_encoder",
+    ],
+)  # fmt: skip
+def test_an_added_decode_head_reads_the_token_of_each_patch_behind_its_norm(name: str) -> None:
+    model = without_head(name)
+    vpt, part = segment(model, num_tokens=0), model.timm_model
+    with torch.no_grad():
+        tokens = part.fc_norm(part.forward_features(some_images()))[:, part.num_prefix_tokens :]
+        head: Any = vpt.adapters["default"].replacement("classifier")
+        expected = head(tokens.transpose(1, 2).unflatten(2, (4, 4)))
+    torch.testing.assert_close(logits(vpt), expected, atol=1e-5, rtol=0)
+    assert expected.shape == (3, NUM_LABELS, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["vit_model", "siglip_model", "eva02_model", "deit_distilled_model"])
+def test_an_added_decode_head_works_in_every_way(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[f"timm_{name}"]
+    vpt = segment(family.bare(), bias="all")
+    vpt.add_adapter("shallow", PromptConfig(num_tokens=2, deep=False), num_labels=3)
+    vpt.add_adapter("prefix", PromptConfig(num_tokens=2, kind="prefix"), num_labels=5)
+    names, images = ["default", "shallow", "prefix"], some_images()
+    mixed = logits(vpt, adapter_names=names)
+    with torch.no_grad():
+        for row, adapter in enumerate(names):
+            vpt.set_adapter(adapter)
+            alone = vpt(pixel_values=images[row : row + 1]).logits[0]
+            torch.testing.assert_close(mixed[row, : len(alone)], alone, atol=1e-5, rtol=0)
+    vpt.set_adapter("default")
+    expected = logits(vpt)
+    vpt.save_pretrained(tmp_path)
+    assert torch.equal(logits(VPTModel.from_pretrained(family.bare(), tmp_path)), expected)
+    compiled: Any = torch.compile(vpt, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled), expected, atol=1e-5, rtol=0)
+    labels, gradients = torch.arange(3 * 32 * 32).view(3, 32, 32) % NUM_LABELS, []
+    for checkpointing in (False, True):
+        vpt.zero_grad()
+        if checkpointing:
+            vpt.gradient_checkpointing_enable()
+        vpt.train()(pixel_values=images, labels=labels).loss.backward()
+        gradients.append({name: one.grad for name, one in vpt.named_parameters() if one.requires_grad})
+    assert all(value is not None for value in gradients[0].values())
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["siglip", "perception_encoder", "vit_mean_of_patches"])
 @pytest.mark.parametrize("pooling", ["image", "prompt", "global"])
 def test_biases_that_a_pooling_does_not_read_are_not_trained(name: str, pooling: str) -> None:
