@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -437,14 +436,19 @@ def test_an_interrupt_of_the_process_ends_with_how_to_go_on(
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )  # fmt: skip
+    assert process.stderr is not None
+    lines = []
     try:
-        while not list(tmp_path.glob("out/seed-0/checkpoint-*/trainer_state.json")) and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
+        for line in process.stderr:
+            lines.append(line)
+            if "epoch 2 of" in line:  # the first one is saved
+                process.send_signal(signal.SIGINT)
+                break
+        err = "".join([*lines, process.stderr.read()])
+        assert process.wait() == 130, err
     finally:
         process.kill()
-    assert process.returncode == 130, err
+        process.stderr.close()
     last = err.replace("\r", "\n").splitlines()[-1]
     assert last.startswith("vpt-peft train: Interrupted. Finished epochs are saved; to go on: vpt-peft train ")
     assert "Traceback" not in err
