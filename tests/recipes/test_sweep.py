@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import subprocess
@@ -24,11 +25,13 @@ import vpt_peft
 from vpt_peft import AutoVPTModel
 from vpt_peft.recipes import search as search_package
 from vpt_peft.recipes.command import parse
+from vpt_peft.recipes.commands.sweep import LOG_SCALES
 from vpt_peft.recipes.commands.train import settings_of
 from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.report import plots
 from vpt_peft.recipes.report.metrics import Metric
 from vpt_peft.recipes.search import space
-from vpt_peft.recipes.search.trials import Trials
+from vpt_peft.recipes.search.trials import Trials, importances
 from vpt_peft.recipes.training.methods import Method
 from vpt_peft.recipes.training.task import Task, set_defaults
 
@@ -131,6 +134,47 @@ def test_search_continues_up_to_the_requested_trials_and_then_only_retrains(
     monkeypatch.setattr(space.Search, "run", None)
     run(3)
     assert (folder / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def made_up_trials(number: int) -> list[dict[str, Any]]:
+    """Trials whose accuracy depends on the learning rate, a little on the depth, and not on the prompt length."""
+    rates = [10 ** (-4 + 2 * index / number) for index in range(number)]
+    params = [
+        {"num_tokens": 1 + 7 * index % 50, "depth": 1 + 5 * index % 6, "learning_rate": rate}
+        for index, rate in enumerate(rates)
+    ]
+    accuracies = [90 + 10 * math.log10(values["learning_rate"]) + 0.5 * values["depth"] for values in params]
+    return [
+        {"number": index, "state": "complete", "params": values, "accuracy": accuracy}
+        for index, (values, accuracy) in enumerate(zip(params, accuracies, strict=True))
+    ]
+
+
+def test_the_importance_of_hyperparameters_is_their_share_of_the_variance() -> None:
+    found = importances(made_up_trials(30), LOG_SCALES)
+    assert list(found)[:2] == ["learning_rate", "depth"] and found["learning_rate"] > 0.7
+    assert sum(found.values()) == pytest.approx(1)
+    assert importances(made_up_trials(3), LOG_SCALES) == {}, "too few"
+    equal = [{**trial, "accuracy": 50.0} for trial in made_up_trials(30)]
+    pruned = [{**trial, "state": "pruned"} for trial in made_up_trials(30)]
+    assert importances(equal, LOG_SCALES) == importances(pruned, LOG_SCALES) == {}
+
+
+@pytest.mark.usefixtures("rendered_plots")
+def test_the_picture_of_a_search_has_the_importance_of_hyperparameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    trials = made_up_trials(30)
+    plots.search(tmp_path / "sweep.png", trials, LOG_SCALES, {"depth": 0.1, "learning_rate": 0.9}, "30 trials")
+    plots.search(tmp_path / "few.png", trials[:3], LOG_SCALES, {}, "3 trials")
+    assert_is_plot(tmp_path / "sweep.png")
+    labels = [axes.get_xlabel() for axes in drawn[0].axes]
+    assert labels == ["trial", "num tokens", "depth", "learning rate", "importance: % of the variance explained"]
+    assert [text.get_text() for text in drawn[0].axes[-1].texts] == ["depth, 10 %", "learning rate, 90 %"]
+    assert [axes.get_xlabel() for axes in drawn[1].axes] == labels[:-1]
 
 
 @pytest.mark.heavy

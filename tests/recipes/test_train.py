@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.plots import assert_is_plot
@@ -137,6 +138,16 @@ def test_the_confusion_matrix_is_plotted_for_few_and_many_classes(number: int, t
     names = [f"class {index} with a long name" for index in range(number)]
     plots.confusion_plot(tmp_path / "matrix.png", torch.eye(number, dtype=int).numpy(), names, "Colors")
     assert_is_plot(tmp_path / "matrix.png")
+
+
+@pytest.mark.usefixtures("rendered_plots")
+def test_a_confusion_matrix_of_large_numbers_shows_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    for counts in ([[75_000, 25_000], [100, 99_900]], [[75, 25], [0, 10]]):
+        plots.confusion_plot(tmp_path / "matrix.png", np.array(counts), ["sky", "road"], "Scenes")
+    shown = [[text.get_text() for text in figure.axes[0].texts] for figure in drawn]
+    assert shown == [["75 %", "25 %", "", "100 %"], ["75", "25", "10"]]
 
 
 def test_full_fine_tuning_saves_the_full_model(train: Train, checkpoint: Path, tmp_path: Path) -> None:

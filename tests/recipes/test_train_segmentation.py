@@ -325,7 +325,8 @@ def test_the_picture_leaves_void_out_and_has_a_legend(tmp_path: Path, monkeypatc
     plots.segmentation(tmp_path / "out.png", images, masks, np.ones_like(masks), ["sky", "road", "car"], "Scenes")
     assert_is_plot(tmp_path / "out.png")
     (figure,) = drawn
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sky", "road"], "what occurs, without void"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["sky", "road", "unlabelled"], "what occurs"
     assert [axes.get_title() for axes in figure.axes[:3]] == ["image", "mask", "prediction"]
     image, mask, prediction = (axes.images[0].get_array() for axes in figure.axes[:3])
     assert (image == 7).all() and (mask[:, 12:] == 255).all() and (prediction[:, 12:] == 255).all()

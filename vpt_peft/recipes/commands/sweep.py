@@ -16,7 +16,7 @@ import optuna
 
 from ..report import plots
 from ..search.space import Search
-from ..search.trials import Trials
+from ..search.trials import Trials, importances
 from ..training.models import silence_transformers
 from ..training.task import Task, set_defaults
 from .train import check_writable, settings_of
@@ -67,11 +67,13 @@ def _search_on_ray(search: Search) -> tuple[list[dict[str, Any]], dict[str, Any]
 def report(search: Search, trials: list[dict[str, Any]], best: dict[str, Any], test: float) -> None:
     """Saves and prints the results of a search, with the test score of the retrained ``best`` trial."""
     folder, name = search.args.output, search.task.name
-    plots.search(folder / "sweep.png", trials, LOG_SCALES, f"{len(trials)} trials: {name}")
+    importance = importances(trials, LOG_SCALES)
+    plots.search(folder / "sweep.png", trials, LOG_SCALES, importance, f"{len(trials)} trials: {name}")
     results = {
         "task": name,
         "method": search.args.method,
         "trials": trials,
+        "importance": importance,
         "best": best["number"],
         "validation": best["accuracy"],
         "test": test,

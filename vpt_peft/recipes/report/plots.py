@@ -108,23 +108,33 @@ def confusion_plot(path: Path, counts: np.ndarray, names: Sequence[str], title: 
     axes.grid(which="minor", color="white", linewidth=1 if number <= MAX_CLASSES_WITH_COUNTS else 0.3)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
-    if number <= MAX_CLASSES_WITH_COUNTS and counts.max() < 10_000:
+    if number <= MAX_CLASSES_WITH_COUNTS:
         for row, column in zip(*counts.nonzero(), strict=True):
-            color = "white" if shares[row, column] > 0.55 else "#1b2733"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=9)
+            count, share = counts[row, column], shares[row, column]
+            text = str(count) if counts.max() < 10_000 else f"{100 * share:.0f} %" if share >= 0.005 else ""
+            color = "white" if share > 0.55 else "#1b2733"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     _save(figure, path)
 
 
-def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence[str], title: str) -> None:
-    """Plots the accuracy of the trials against each hyperparameter, and the best accuracy so far.
+def search(
+    path: Path,
+    trials: Sequence[Mapping[str, Any]],
+    log_scales: Sequence[str],
+    importance: Mapping[str, float],
+    title: str,
+) -> None:
+    """Plots the accuracy of the trials against each hyperparameter, the best accuracy so far, and the importance.
 
     Args:
         trials: with ``number``, ``state`` ("complete" or "pruned"), ``accuracy`` and ``params``.
         log_scales: hyperparameters to plot on a logarithmic scale.
+        importance: of hyperparameters, from 0 to 1; empty: not known.
     """
     names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
-    columns = 3
-    rows = -(-(len(names) + 1) // columns)
+    panels = 1 + len(names) + bool(importance)
+    columns = 3 if panels <= 6 else 4
+    rows = -(-panels // columns)
     figure = _figure(3.6 * columns, 3.1 * rows)
     figure.suptitle(title, fontsize=12)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
@@ -143,8 +153,7 @@ def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence
         if name in log_scales:
             axes.set_xscale("log")
             values = [trial["params"][name] for trial in trials if name in trial["params"]]
-            wide = max(values) > 100 * min(values)  # more tick labels would overlap
-            axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=6))
+            axes.xaxis.set_major_locator(LogLocator(subs=_ticks(min(values), max(values)), numticks=6))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
@@ -153,10 +162,34 @@ def search(path: Path, trials: Sequence[Mapping[str, Any]], log_scales: Sequence
     for axes in list(figure.axes)[len(names) + 1 :]:
         axes.remove()
     for axes in list(figure.axes)[::columns]:
-        axes.set_ylabel("% of the validation images")
+        axes.set_ylabel("validation accuracy, %")
+    if importance:  # in the rest of the last row
+        _importance(figure.add_subplot(rows, columns, (panels, rows * columns)), importance)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     _save(figure, path)
+
+
+def _ticks(lowest: float, highest: float) -> tuple[int, ...]:
+    """Multiples of powers of ten to label on a logarithmic axis, so that the labels do not overlap."""
+    if lowest >= 1 or highest < 10 * lowest:
+        return (1, 2, 5)
+    return (1, 3) if highest <= 100 * lowest else (1,)
+
+
+def _importance(axes: Axes, importance: Mapping[str, float]) -> None:
+    """Bars of the importance of hyperparameters, the largest above."""
+    names = sorted(importance, key=lambda name: importance[name])
+    shares = [100 * importance[name] for name in names]
+    bars = axes.barh(names, shares, color=BLUE, height=0.6)
+    labels = [f"{name.replace('_', ' ')}, {share:.0f} %" for name, share in zip(names, shares, strict=True)]
+    axes.bar_label(bars, labels, padding=4)  # beside the bars: ticks would move the other panels
+    axes.set_xlim(0, 1.7 * max(shares))
+    _style(axes, "", "importance: % of the variance explained", "")
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines["bottom"].set_visible(False)
 
 
 def _value(trial: Mapping[str, Any], name: str) -> float:
@@ -187,7 +220,9 @@ def segmentation(
                 axes.set_title(column, fontsize=10)
     present = sorted({*np.unique(masks), *np.unique(predictions)} - {VOID})[:MAX_LEGEND]
     patches = [Patch(color=colours[label] / 255, label=names[label]) for label in present]
-    figure.legend(handles=patches, loc="outside right upper", frameon=False, fontsize=8)
+    if VOID in masks:
+        patches.append(Patch(facecolor="white", edgecolor=GREY, label="unlabelled"))
+    figure.legend(handles=patches, loc="outside right upper", frameon=False, fontsize=9)
     _save(figure, path)
 
 
