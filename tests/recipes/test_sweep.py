@@ -154,7 +154,7 @@ def test_the_importance_of_hyperparameters_is_their_share_of_the_variance() -> N
     found = importances(made_up_trials(30), LOG_SCALES)
     assert list(found)[:2] == ["learning_rate", "depth"] and found["learning_rate"] > 0.7
     assert sum(found.values()) == pytest.approx(1)
-    assert importances(made_up_trials(3), LOG_SCALES) == {}, "too few"
+    assert importances(made_up_trials(9), LOG_SCALES) == {}, "too few"
     equal = [{**trial, "accuracy": 50.0} for trial in made_up_trials(30)]
     pruned = [{**trial, "state": "pruned"} for trial in made_up_trials(30)]
     assert importances(equal, LOG_SCALES) == importances(pruned, LOG_SCALES) == {}

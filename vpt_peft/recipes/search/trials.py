@@ -15,7 +15,7 @@ from ..errors import RecipeError
 from ..training.trainer import check_same_settings
 
 ERROR, REPEATS = "error", "repeats"  # user attributes of trials
-MIN_TRIALS = 4  # that say something about importance
+MIN_TRIALS = 10  # with fewer, importance is mostly noise
 
 
 class Trials:
