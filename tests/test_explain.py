@@ -573,6 +573,25 @@ def test_an_image_file_is_explained_by_a_model(vit: Tiny, photo: Path, tmp_path:
     assert (ours.layers, ours.query, ours.with_adapter[0].patches.shape) == ((1,), "patches", (4, 5, 6))
 
 
+def test_the_title_says_what_the_image_is_classified_as(vit: Tiny, photo: Path, tmp_path: Path) -> None:
+    vit.model.config.id2label = {label: f"flower {label}" for label in range(7)}
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    pixel_values = processor(Image.open(photo), return_tensors="pt")["pixel_values"]
+    for task, problem_type, ending in (
+        ("IMAGE_CLASSIFICATION", None, ", classified as flower {}"),
+        ("IMAGE_CLASSIFICATION", "multi_label_classification", ""),
+    ):
+        vit.model.config.problem_type = problem_type
+        vpt = vit.prompted(task_type=task)
+        with torch.no_grad():
+            best = int(vpt(pixel_values).logits.argmax())
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            explain(vpt, photo, output=tmp_path / "out.svg", image_processor=processor)
+        title = f">Attention of [CLS] to the image{ending.format(best)}<"
+        assert title in (tmp_path / "out.svg").read_text(encoding="utf-8")
+        vpt.unload()
+
+
 def test_four_layers_are_drawn_of_a_deep_model(photo: Path, tmp_path: Path) -> None:
     vit = tiny_vit(num_hidden_layers=12)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})

@@ -58,9 +58,7 @@ def draw_explanation(
     height = PANEL * pixels.shape[0] / pixels.shape[1]
     figure: Any = Figure((PANEL * (columns + 1.55) + 0.3, 2 * height + 1.15), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06, wspace=0.02, hspace=0.02)
-    figure.suptitle(
-        title or f"Attention {QUERIES[explanation.query]} to the image", fontsize=12, color=DARK, x=0.01, ha="left"
-    )
+    figure.suptitle(title or default_title(explanation), fontsize=12, color=DARK, x=0.01, ha="left")
     grid = figure.add_gridspec(2, columns + 1, width_ratios=[1.15] + [1] * columns)
     picture = figure.add_subplot(grid[:, 0])
     _draw_panel(picture, pixels, "image")
@@ -81,6 +79,11 @@ def draw_explanation(
     bar.ax.tick_params(labelsize=8, length=2, colors=GREY)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
+
+
+def default_title(explanation: Explanation) -> str:
+    """Whose attention is drawn."""
+    return f"Attention {QUERIES[explanation.query]} to the image"
 
 
 def check_output(file: str | os.PathLike[str]) -> Path:

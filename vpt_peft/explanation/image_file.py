@@ -14,13 +14,15 @@ from ..auto import AutoVPTModel
 from ..images.positions import interpolation
 from ..images.processors import load_processor, saved_processor
 from ..model import VPTModel
+from ..model.modes import evaluating
 from .attention import Explanation, explain_attention
-from .drawing import check_output, draw_explanation
+from .drawing import check_output, default_title, draw_explanation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 NUM_LAYERS = 4  # drawn by default
+MAX_LABEL = 40  # characters
 
 
 def explain(
@@ -69,8 +71,19 @@ def explain(
         last = len(vpt.backbone.layers) - 1
         layers = sorted({round(last * step / (NUM_LAYERS - 1)) for step in range(NUM_LAYERS)})
     explanation = explain_attention(vpt, pixel_values, layers, query, **inputs)
-    draw_explanation(explanation, _as_seen(image, processor), output)
+    title = default_title(explanation) + _answer(vpt, pixel_values, inputs)
+    draw_explanation(explanation, _as_seen(image, processor), output, title)
     return explanation
+
+
+def _answer(vpt: VPTModel, pixel_values: Tensor, inputs: dict[str, Any]) -> str:
+    """What the image is classified as, for the title; empty for tasks other than a choice between classes."""
+    is_choice = vpt.config.problem_type in (None, "single_label_classification") and vpt.config.num_labels > 1
+    if vpt.active_config.task_type != "IMAGE_CLASSIFICATION" or not is_choice:
+        return ""
+    with evaluating(vpt):
+        label = int(vpt(pixel_values=pixel_values.to(vpt.device, vpt.dtype), **inputs).logits.argmax())
+    return f", classified as {str(vpt.config.id2label[label])[:MAX_LABEL]}"
 
 
 def _as_seen(image: Image, processor: Any) -> Image:
