@@ -85,6 +85,7 @@ LAYERS = [
     "vpt_peft.deploy.exporting.graph",
     "vpt_peft.deploy.engine",
     "vpt_peft.deploy.engine.engine",
+    "vpt_peft.deploy.engine.scheduler",
     "vpt_peft.deploy.engine.passes",
     "vpt_peft.deploy.engine.loading",
     "vpt_peft.deploy.engine.images",

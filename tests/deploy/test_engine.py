@@ -383,6 +383,7 @@ def damage_by_other_weights_of_the_backbone(tasks: Tasks, name: str) -> str:
     ("damage", "message"),
     [
         (damage_missing, "Expected an adapter folder or the name of a repository"),
+        (lambda tasks, name: "/no\0path", "Expected an adapter folder or the name of a repository"),
         (damage_weights, "is damaged"),
         (damage_config, "must contain a JSON object"),
         (damage_by_another_backbone, "hidden_act"),
@@ -433,6 +434,7 @@ def truncated() -> Image.Image:
     [
         (truncated, "cannot be decoded"),
         (lambda: "photo.jpg", "Expected a PIL image or a tensor"),
+        (lambda: None, "Expected a PIL image or a tensor"),
         (lambda: np.zeros((3, 32, 32)), "Expected a PIL image or a tensor"),
         (lambda: torch.zeros(1, 3, 32, 32), "shape (1, 3, 32, 32)"),
         (lambda: torch.zeros(4, 32, 32), "shape (4, 32, 32)"),

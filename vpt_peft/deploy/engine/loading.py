@@ -57,7 +57,7 @@ def _sign(folder: Path) -> Signature:
     for name in FILES:
         try:
             status = os.stat(folder / name)
-        except OSError:
+        except (OSError, ValueError):  # the latter for names with a NUL character
             signature.append((name, None))
         else:
             signature.append((name, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
