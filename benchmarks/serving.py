@@ -1,7 +1,7 @@
 """Requests a second and latencies of the engine with many tasks, on one thread.
 
-    python benchmarks/serving.py --output benchmarks/results/serving-cpu.json
-    python benchmarks/serving.py --shape vit-b16 --requests 64 --rounds 2
+    python benchmarks/serving.py --output serving.json
+    python benchmarks/serving.py --shape vit-b16 --tasks 8 32 --requests 64 --rounds 2
 
 The backbone has DeiT-tiny's shape and random weights, nothing is downloaded. A number of clients ask for one image
 after the other, each as soon as it has the answer to the last. The task of a request is drawn by Zipf's law: the task
@@ -13,7 +13,7 @@ All adapters are in memory, except in the row of an engine that may keep fewer t
 
 All variants are interleaved in one process, in random order in each round, and every variant gets the same requests.
 Numbers are medians over rounds; the speedup is the median over rounds of the ratio within a round. Prints a Markdown
-table; ``--output`` writes JSON with the numbers of all rounds.
+table; ``--output`` adds a report with the numbers of all rounds to the list in a JSON file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import json
 import random
 import shutil
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -62,7 +61,8 @@ KINDS: dict[str, dict[str, Any]] = {
 CHOICE, LORA = "the engine's choice", "LoRA, adapter_names"
 LABELS = 10
 IMAGES = 8  # different ones
-Serve = Callable[[Sequence[int], Sequence[Tensor], int], list[float]]
+Clock = Callable[[], float]
+Serve = Callable[[Sequence[int], Sequence[Tensor], int, Clock], list[float]]
 
 
 def build_backbone(args: argparse.Namespace) -> ViTForImageClassification:
@@ -97,15 +97,15 @@ def serve_by_engine(engine: Engine, folders: Sequence[Path], costs: PassCosts | 
     """
     costs = costs or engine._runner.costs
 
-    def serve(tasks: Sequence[int], images: Sequence[Tensor], clients: int) -> list[float]:
+    def serve(tasks: Sequence[int], images: Sequence[Tensor], clients: int, clock: Clock) -> list[float]:
         engine._runner.costs = costs  # one engine for all, so that adapters are loaded once
         waiting, latencies = iter(enumerate(tasks)), []
         answered: SimpleQueue[tuple[float, Future[Any]]] = SimpleQueue()
 
         def ask(number: int, task: int) -> None:
-            start = time.perf_counter()
+            start = clock()
             future = engine.submit(images[number % len(images)], folders[task], top_k=1)
-            future.add_done_callback(lambda done: answered.put((time.perf_counter() - start, done)))
+            future.add_done_callback(lambda done: answered.put((clock() - start, done)))
 
         for number, task in islice(waiting, clients):
             ask(number, task)
@@ -131,9 +131,9 @@ def serve_by_lora(args: argparse.Namespace, count: int) -> Serve:
     model.eval()
 
     @torch.inference_mode()
-    def serve(tasks: Sequence[int], images: Sequence[Tensor], clients: int) -> list[float]:
+    def serve(tasks: Sequence[int], images: Sequence[Tensor], clients: int, clock: Clock) -> list[float]:
         waiting, latencies = iter(enumerate(tasks)), []
-        start = time.perf_counter()
+        start = clock()
         queue = deque((number, task, start) for number, task in islice(waiting, clients))
         while queue:
             batch = [queue.popleft() for _ in range(min(args.max_batch, len(queue)))]
@@ -141,7 +141,7 @@ def serve_by_lora(args: argparse.Namespace, count: int) -> Serve:
             pixel_values = pixel_values.to(args.device, DTYPES[args.dtype])
             names = [f"task-{task}" for _, task, _ in batch]
             model(pixel_values=pixel_values, adapter_names=names).logits.softmax(-1).cpu()
-            now = time.perf_counter()
+            now = clock()
             latencies += [now - asked for _, _, asked in batch]
             queue.extend((number, task, now) for number, task in islice(waiting, len(batch)))
         return latencies
@@ -186,7 +186,7 @@ def measure(variants: dict[str, Serve], args: argparse.Namespace) -> list[dict[s
     """One row for each variant and number of tasks, with the numbers of all rounds."""
     size = SHAPES[args.shape].get("image_size", 224)
     images = list(torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0)))
-    cells = make_cells(variants, args)
+    cells, clock = make_cells(variants, args), CLOCKS[args.clock]
     rows: dict[tuple[str, int], dict[str, Any]] = {
         (name, count): {"variant": name, "tasks": count, "rounds": []} for name, count in cells
     }
@@ -195,23 +195,23 @@ def measure(variants: dict[str, Serve], args: argparse.Namespace) -> list[dict[s
         order.shuffle(cells)
         for name, count in cells:
             tasks = list(islice(draw_tasks(count, turn), args.requests))
-            wall, cpu = time.perf_counter(), CLOCKS["cpu"]()
-            latencies = sorted(variants[name](tasks, images, args.clients))
-            seconds = {"wall": time.perf_counter() - wall, "cpu": CLOCKS["cpu"]() - cpu}
+            start = clock()
+            latencies = sorted(variants[name](tasks, images, args.clients, clock))
+            seconds = clock() - start
             if turn >= args.warmup:
                 shares = {f"p{share}": percentile(latencies, share) for share in (50, 95, 99)}
-                rows[name, count]["rounds"].append({**seconds, **shares})
-    return summarize(list(rows.values()), args)
+                rows[name, count]["rounds"].append({"seconds": seconds, **shares})
+    return summarize(list(rows.values()), args.requests)
 
 
-def summarize(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Adds medians to the rows, and how much faster than one pass per task each is, by its clock."""
+def summarize(rows: list[dict[str, Any]], num_requests: int) -> list[dict[str, Any]]:
+    """Adds medians to the rows, and how much faster than one pass per task each is."""
     apart = {row["tasks"]: row["rounds"] for row in rows if row["variant"] == "one pass per task"}
     for row in rows:
         rounds = row["rounds"]
-        row["requests_per_second"] = statistics.median(args.requests / one[args.clock] for one in rounds)
+        row["requests_per_second"] = statistics.median(num_requests / one["seconds"] for one in rounds)
         pairs = zip(apart[row["tasks"]], rounds, strict=True)
-        row["speedup"] = statistics.median(other[args.clock] / own[args.clock] for other, own in pairs)
+        row["speedup"] = statistics.median(other["seconds"] / own["seconds"] for other, own in pairs)
         for share in ("p50", "p95", "p99"):
             row[share] = statistics.median(one[share] for one in rounds)
     return rows
@@ -245,7 +245,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="rounds before the measured ones")
     parser.add_argument("--threads", type=int, default=1, help="threads that compute")
     parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="of requests/s; cpu: CPU time of the process, for busy machines"
+        "--clock", choices=CLOCKS, default="wall", help="cpu: CPU time of the process, for busy machines"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
@@ -265,8 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output:
         settings = {name: value for name, value in vars(args).items() if name != "output"}
         report = {"environment": environment(args), "settings": settings, "costs": asdict(costs), "rows": rows}
+        reports = json.loads(args.output.read_text()) if args.output.exists() else []
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report) + "\n")
+        args.output.write_text(json.dumps([*reports, report]) + "\n")
 
 
 if __name__ == "__main__":
