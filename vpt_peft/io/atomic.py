@@ -21,11 +21,14 @@ T = TypeVar("T")
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Excludes other processes from writing to a folder, and removes temporary files of killed ones.
+def lock_folder(folder: Path, is_writer: bool = True) -> Iterator[None]:
+    """Excludes other threads and processes from writing to a folder.
 
     The lock is on the folder itself, so that no file is left in it and processes need not agree on a temporary folder.
     Where folders cannot be locked (Windows, NFS), the lock is a file in the temporary folder.
+
+    Args:
+        is_writer: removes temporary files of killed processes.
     """
     with ExitStack() as stack:
         try:
@@ -33,7 +36,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except (ImportError, OSError):
             name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
             stack.enter_context(WeakFileLock(Path(tempfile.gettempdir()) / f"vpt-peft-{name}.lock"))
-        for left in folder.glob(f"{TEMPORARY}*"):
+        for left in folder.glob(f"{TEMPORARY}*") if is_writer else ():
             shutil.rmtree(left, ignore_errors=True)
         yield
 

@@ -180,7 +180,7 @@ class AdapterLoader:
             for _ in range(ATTEMPTS):  # until nothing has changed meanwhile
                 signature = source.signature
                 try:
-                    with io.lock_folder(find_adapter_folder(folder)):
+                    with io.lock_folder(find_adapter_folder(folder), is_writer=False):
                         adapter, processor_file = self._read(folder)
                 except (CheckpointError, OSError):
                     if signature == source.signature:
