@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 import vpt_peft
-from vpt_peft import AdapterError, CheckpointError, ConfigError, PromptConfig, VPTModel, get_vpt_model
+from vpt_peft import AdapterError, CheckpointError, ConfigError, ImageError, PromptConfig, VPTModel, get_vpt_model
 from vpt_peft.adapter import Adapter
 from vpt_peft.deploy import Engine, EngineError
-from vpt_peft.deploy.engine import EngineClosedError, ImageError, Prediction, QueueFullError
+from vpt_peft.deploy.engine import EngineClosedError, Prediction, QueueFullError
 from vpt_peft.deploy.engine.costs import PassCosts
 from vpt_peft.deploy.engine.stats import percentile
 

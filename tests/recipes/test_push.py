@@ -166,3 +166,16 @@ def test_what_cannot_be_pushed_is_told(
         train("--method", "lora", output="lora")
         assert "only if its backbone is on the Hub" in refused("push", tmp_path / "lora", "me/y")
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.filterwarnings("ignore:The adapter's backbone is a local folder")
+def test_an_adapter_is_pushed_with_the_handler_of_an_endpoint_and_a_full_model_is_not(
+    hub: HubServer, train: Command, refused: Callable[..., str], command: Command, tmp_path: Path
+) -> None:
+    with hub.client(token="hf_me"):
+        train("--method", "linear")
+        assert command("push", tmp_path / "out", "me/colors", "--handler").code == 0
+        train("--method", "full", output="full")
+        assert "--handler is for adapters" in refused("push", tmp_path / "full", "me/full", "--handler")
+    assert set(files(hub, "me/colors")) == ADAPTER | {"handler.py", "requirements.txt"}
+    assert "me/full" not in hub.repos

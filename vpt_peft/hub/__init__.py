@@ -2,6 +2,7 @@
 
 from .card import CARD_NAME, update_card, write_card
 from .card_content import CARD_DETAILS, CardContent, render_card
+from .endpoint_files import write_endpoint_files
 from .provenance import (
     add_provenance,
     resolve_commit,
@@ -52,4 +53,5 @@ __all__ = [
     "warn_if_revision_differs",
     "without_local_backbone",
     "write_card",
+    "write_endpoint_files",
 ]

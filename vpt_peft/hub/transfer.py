@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from ..errors import CheckpointError, VPTError
 from ..io import CONFIG_NAME, WEIGHTS_NAME, open_folder
+from .endpoint_files import HANDLER_NAME, REQUIREMENTS_NAME
 from .repo_ids import is_folder, is_repo_id
 
 PREPROCESSOR_NAME = "preprocessor_config.json"  # of images
@@ -200,7 +201,7 @@ def push(
     token: str | bool | None = None,
     commit_message: str | None = None,
 ) -> CommitInfo:
-    """Uploads the adapters in a folder, and no other files. Unchanged files are not uploaded again.
+    """Uploads adapters in a folder, and files of an endpoint, but no others. Unchanged files are not uploaded again.
 
     Args:
         repo_id: the repository, created if it does not exist.
@@ -221,5 +222,5 @@ def push(
         commit_message=commit_message or "Upload VPT adapter",
         revision=revision,
         create_pr=create_pr,
-        allow_patterns=[*FILES, *(f"*/{name}" for name in FILES)],
+        allow_patterns=[*FILES, *(f"*/{name}" for name in FILES), HANDLER_NAME, REQUIREMENTS_NAME],
     )

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..errors import ImageError
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # not EPS, whose files are programs
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import CheckpointError, truncate_list
+from ..errors import AdapterError, CheckpointError, truncate_list
 from ..hub import CARD_NAME, find_commit, render_card, tensor_names, update_card, without_local_backbone
 from ..io import (
     CONFIG_NAME,
@@ -147,6 +147,24 @@ def check_repository(
         where = repo_id if folder == PurePosixPath() else f"{repo_id}/{folder}"
         _refuse_model(names, where, partial(tensor_names, repo_id, str(folder / TRAINER_WEIGHTS), commit, token))
     return commit
+
+
+def check_endpoint(adapters: Mapping[str, Adapter]) -> None:
+    """Raises AdapterError if an Inference Endpoint, which loads one adapter with its backbone, could not run them."""
+    if not adapters:
+        return  # save_pretrained refuses that
+    if "default" not in adapters and len(adapters) > 1:
+        raise AdapterError(
+            f"An endpoint runs one adapter, got {truncate_list(list(adapters), MAX_LISTED)}, none of them 'default'. "
+            "Push one of them, by selected_adapters."
+        )
+    name = "default" if "default" in adapters else next(iter(adapters))
+    config, labels = adapters[name].config, adapters[name].labels()["id2label"]
+    if config.task_type != "IMAGE_CLASSIFICATION" or not labels:
+        raise AdapterError(
+            f"handler=True is for image classification, got the adapter '{name}' for {config.task_type} with "
+            f"{len(labels)} labels. Push it without a handler."
+        )
 
 
 def _check_writable(folder: Path) -> None:

@@ -46,7 +46,7 @@ from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits,
 from .initialisation import check_init, collect_tokens, write_prompts
 from .modes import evaluating
 from .pretrained import PreTrainedAdapterModel
-from .saving import adapter_folder, check_repository, save_adapters
+from .saving import adapter_folder, check_endpoint, check_repository, save_adapters
 from .status import ModelStatus, get_status
 
 
@@ -666,6 +666,7 @@ class VPTModel(PreTrainedAdapterModel):
         create_pr: bool = False,
         token: str | bool | None = None,
         commit_message: str | None = None,
+        handler: bool = False,
         **card_details: Any,
     ) -> CommitInfo:
         """Saves adapters and uploads them; unchanged files are not uploaded again.
@@ -673,8 +674,11 @@ class VPTModel(PreTrainedAdapterModel):
         Args:
             repo_id: the repository, such as "me/birds-vpt"; created if it does not exist.
             private, revision, create_pr, token, commit_message: as in ``huggingface_hub``.
+            handler: also pushes a ``handler.py`` and its ``requirements.txt``, by which an Inference Endpoint of
+                Hugging Face runs the adapter; for image classification.
 
         Raises:
+            AdapterError: an endpoint cannot run the adapter.
             CheckpointError: the repository contains a full model, which could not be loaded any more. Nothing was
                 uploaded.
             huggingface_hub.errors.HfHubHTTPError: from the Hub client.
@@ -683,6 +687,8 @@ class VPTModel(PreTrainedAdapterModel):
         card_details = check_options("push_to_hub", card_details, hub.CARD_DETAILS)
         names = list(self.adapters) if selected_adapters is None else check_names(selected_adapters)
         check_adapters_exist(self.adapters, names)  # type: ignore[arg-type]
+        if handler:
+            check_endpoint({name: self._adapters[name] for name in names})
         with TemporaryDirectory() as folder, hub.suggest_login():
             repo_id = hub.full_repo_id(repo_id, private, token)
             commit = check_repository(names, repo_id, revision, token)
@@ -690,6 +696,8 @@ class VPTModel(PreTrainedAdapterModel):
                 hub.fetch_cards(repo_id, folder, commit, token)
             card_details = {**card_details, "model_id": card_details.get("model_id") or repo_id}
             self.save_pretrained(folder, selected_adapters, image_processor, **card_details)
+            if handler:
+                hub.write_endpoint_files(Path(folder))
             for name in names:
                 hub.warn_if_local(self._adapters[name].config.base_model_name_or_path)
             return hub.push(

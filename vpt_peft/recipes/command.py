@@ -21,7 +21,10 @@ from .errors import RecipeError
 
 PROG = "vpt-peft"
 FAILED, INTERRUPTED = 2, 130  # exit codes
-EXTRAS = {"ray": "ray[tune]"}  # what to install for a package; others come with vpt-peft[train]
+EXTRAS = {  # what to install for a package; others come with vpt-peft[train]
+    "ray": "ray[tune]",
+    **dict.fromkeys(("fastapi", "prometheus_client", "python_multipart", "uvicorn"), "vpt-peft[serve]"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ COMMANDS = {
     ),
     "info": Command("show what an adapter is", options.add_info, "vpt_peft.recipes.commands.info"),
     "convert": Command("convert a checkpoint of the official VPT code", add_convert, "vpt_peft.convert.command"),
+    "serve": Command("serve adapters of one backbone over HTTP", options.add_serve, "vpt_peft.recipes.commands.serve"),
     "push": Command("upload a fine-tuned model to the Hub", options.add_push, "vpt_peft.recipes.commands.push"),
 }
 

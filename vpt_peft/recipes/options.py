@@ -15,6 +15,7 @@ from .errors import RecipeError
 from .training.methods import DEFAULT_METHOD, METHODS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TOKEN = "VPT_PEFT_TOKEN"  # the environment variable of a server's token
 DATA_HELP = "a folder with one folder of images per class, with or without train/ and test/, or a dataset on the Hub"
 
 
@@ -230,6 +231,35 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, metavar="OUT", help="output folder of train or sweep, or any adapter folder")
     add("repo", metavar="REPO", help="repository on the Hub, such as me/beans-vpt; created if it does not exist")
     add("--private", action="store_true", help="create a private repository")
+    add("--handler", action="store_true", help="with the handler.py of an Inference Endpoint; of an adapter only")
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """Options of ``serve``."""
+    add = parser.add_argument
+    add("--model", required=True, help="the backbone of all adapters: a checkpoint's name on the Hub or its folder")
+    add(
+        "--adapters",
+        nargs="+",
+        required=True,
+        metavar="ADAPTER",
+        help="what is served, and nothing else: adapter folders, folders of adapter folders, or Hub repositories "
+        "(me/birds-vpt, me/birds-vpt@revision); birds=ADAPTER gives one the name birds",
+    )
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    add("--port", type=at_least(0), default=8000, help="default: %(default)s; 0: any that is free")
+    add("--token-file", type=Path, metavar="FILE", help=f"tokens that requests must carry, one a line (or {TOKEN})")
+    parser.set_defaults(token_variable=TOKEN)
+    add("--max-adapters", type=at_least(1), default=1000, help="adapters in memory (default: %(default)s)")
+    add("--max-batch", type=at_least(1), default=32, help="images in a pass (default: %(default)s)")
+    add("--max-wait-ms", type=rate, default=5.0, help="that a batch waits for more images (default: %(default)s)")
+    add("--max-queue", type=at_least(1), default=1024, help="images that wait for a pass (default: %(default)s)")
+    add("--max-requests", type=at_least(1), default=256, help="requests in progress (default: %(default)s)")
+    add("--max-upload-mb", type=at_least(1), default=10, help="of a request, in MiB (default: %(default)s)")
+    add("--max-pixels", type=at_least(1), default=50_000_000, help="of an image (default: %(default)s)")
+    add("--decode-workers", type=at_least(1), default=2, help="threads that decode images (default: %(default)s)")
+    add_device(add)
+    add_config(add)
 
 
 # -- options from a file ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """An engine for thousands of adapters on one backbone: loaded on demand, computed in mixed batches."""
 
 from .engine import Engine
-from .errors import EngineClosedError, EngineError, ImageError, QueueFullError
+from .errors import EngineClosedError, EngineError, QueueFullError
 from .prediction import Prediction
 from .stats import EngineStats
 
@@ -10,7 +10,6 @@ __all__ = [
     "EngineClosedError",
     "EngineError",
     "EngineStats",
-    "ImageError",
     "Prediction",
     "QueueFullError",
 ]

@@ -15,7 +15,3 @@ class QueueFullError(EngineError):
 
 class EngineClosedError(EngineError):
     """The engine was closed, and accepts no further requests."""
-
-
-class ImageError(EngineError):
-    """An image cannot be read, or the model cannot take it."""

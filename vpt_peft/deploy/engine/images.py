@@ -10,14 +10,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import transformers
 from torch import Tensor
 
 from ... import hub
 from ...adapter import Adapter
-from ...errors import CheckpointError, safe_repr
+from ...errors import CheckpointError, ImageError, safe_repr
+from ...images.processors import read_processor
 from ...model import VPTModel
-from .errors import ImageError
 
 
 def read_image(image: Any, num_channels: int) -> Any:
@@ -41,10 +40,13 @@ def read_image(image: Any, num_channels: int) -> Any:
             f"Expected a PIL image or a tensor (num_channels, height, width), got {type(image).__name__}. Open "
             "files by PIL.Image.open."
         )
-    from PIL import ImageOps  # here, since tensors do not need it
+    from ...images.files import to_rgb  # here, since tensors need no Pillow
 
     try:
-        return ImageOps.exif_transpose(image).convert("L" if num_channels == 1 else "RGB")
+        rgb = to_rgb(image)
+        return rgb.convert("L") if num_channels == 1 else rgb
+    except ImageError as error:
+        raise ImageError(f"The image cannot be used: {error}.") from error
     except Exception as error:  # decoders raise errors of many kinds
         raise ImageError(f"The image cannot be decoded: {safe_repr(str(error))}.") from error
 
@@ -98,9 +100,7 @@ class ImageProcessors:
         name = self.vpt.name_or_path if self.given is None else os.fspath(self.given)
         revision = getattr(self.vpt.config, "_commit_hash", None) if self.given is None else None
         try:
-            return transformers.AutoImageProcessor.from_pretrained(
-                name, revision=revision, trust_remote_code=False, **self.hub_options, **options
-            )
+            return read_processor(name, revision=revision, **self.hub_options, **options)
         except (OSError, ValueError) as error:  # transformers turns the Hub client's errors into these
             raise CheckpointError(
                 "The adapter was saved without an image processor, and none can be loaded from the backbone's "
@@ -112,7 +112,7 @@ def _from_content(content: bytes, options: dict[str, Any]) -> Any:
     with TemporaryDirectory() as folder:
         (Path(folder) / hub.PREPROCESSOR_NAME).write_bytes(content)
         try:
-            return transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **options)
+            return read_processor(folder, **options)
         except ImportError:
             raise
         except Exception as error:  # values that are not valid raise errors of many kinds

@@ -29,7 +29,10 @@ def run(args: argparse.Namespace) -> None:
     if kind == "VPT":
         tuned = Tuned.load(str(folder), torch.device("cpu"))
         assert isinstance(tuned.model, VPTModel)
-        url = Repository(args.repo, args.private, for_adapter=True).push_adapter(tuned.model, tuned.processor, details)
+        repository = Repository(args.repo, args.private, for_adapter=True)
+        url = repository.push_adapter(tuned.model, tuned.processor, details, args.handler)
+    elif args.handler:
+        raise RecipeError(f"--handler is for adapters of this library, got '{folder}', which has none. Leave it out.")
     else:
         url = Repository(args.repo, args.private, for_adapter=False).push_folder(folder)
     print(f"Pushed to {url}")

@@ -51,14 +51,16 @@ class Repository:
             except EntryNotFoundError:
                 return
 
-    def push_adapter(self, vpt: VPTModel, processor: Any, details: Mapping[str, Any]) -> str:
+    def push_adapter(self, vpt: VPTModel, processor: Any, details: Mapping[str, Any], handler: bool = False) -> str:
         """Uploads an adapter of this library. Returns the URL of the commit.
 
         Args:
             details: of the model card.
+            handler: with the handler of an Inference Endpoint.
         """
+        options = {"private": self.private or None, "handler": handler, **details}
         with self._convert_errors("written to"):
-            commit = vpt.push_to_hub(self.name, image_processor=processor, private=self.private or None, **details)
+            commit = vpt.push_to_hub(self.name, image_processor=processor, **options)
         return str(commit.commit_url)
 
     def push_folder(self, folder: Path) -> str:
