@@ -26,9 +26,8 @@ class PassCosts:
     """What forward passes cost beyond the time that each image takes in any of them.
 
     A pass for ``n`` images takes ``fixed + n · t`` seconds, a mixed one ``fixed + n · (t + mixing)``. Mixing saves the
-    ``fixed`` time of all passes but one and costs ``mixing`` for each image. On a GPU, a pass takes as long with one
-    image as with several, so mixing always gains. A thread of a CPU is as busy with one image as with many: there,
-    mixing gains with few images of each of many adapters.
+    ``fixed`` time of all passes but one and costs ``mixing`` for each image. A thread of a CPU is as busy with one
+    image as with many: there, mixing gains with few images of each of many adapters on a small backbone.
 
     Attributes:
         fixed: seconds.
