@@ -38,8 +38,8 @@ from transformers import AutoModelForImageClassification
 from vpt_peft.recipes.errors import RecipeError
 from vpt_peft.recipes.report.plots import BLUE
 from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.runtime import silence_transformers
 from vpt_peft.recipes.training.methods import METHODS, Method
-from vpt_peft.recipes.training.models import silence_transformers
 from vpt_peft.recipes.training.task import display_name
 
 BORDER = 8  # pixels at each side; the image keeps whole patches

@@ -30,8 +30,8 @@ from image_sets import ImageSet, Preprocessing, load_images
 from settings import ALL_METHODS, Run, best_candidate, candidates, find_runs, settings_of, with_settings
 
 from vpt_peft.recipes.errors import RecipeError
+from vpt_peft.recipes.runtime import silence_transformers
 from vpt_peft.recipes.training.methods import Method
-from vpt_peft.recipes.training.models import silence_transformers
 from vpt_peft.recipes.training.task import display_name
 
 

@@ -45,8 +45,8 @@ from vpt_peft import VPTModel
 from vpt_peft.recipes.data.digits import small_classifier
 from vpt_peft.recipes.errors import RecipeError
 from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.runtime import silence_transformers
 from vpt_peft.recipes.training.methods import SMALL_METHODS, Method
-from vpt_peft.recipes.training.models import silence_transformers
 from vpt_peft.recipes.training.task import display_name
 
 METHODS = ("vpt-shallow", "vpt-deep")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 from vpt_peft.recipes.report.tables import table
-from vpt_peft.recipes.training.models import silence_transformers
+from vpt_peft.recipes.runtime import silence_transformers
 
 LOADED_TOKENS = 50
 STATM = Path("/proc/self/statm")

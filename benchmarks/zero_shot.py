@@ -35,8 +35,8 @@ from transformers import (
 from vpt_peft import VPTError, VPTModel
 from vpt_peft.recipes.errors import RecipeError
 from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.runtime import silence_transformers
 from vpt_peft.recipes.training.methods import METHODS
-from vpt_peft.recipes.training.models import silence_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the loop in memory
 

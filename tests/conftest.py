@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ declare_missing_operators()  # before transformers is imported, which imports to
 
 from helpers.models import BUILDERS, Tiny  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil  # noqa: E402
+
+from vpt_peft.recipes.command import main  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -95,3 +99,42 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has run: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs ``vpt-peft`` with these arguments."""
+
+    def run(*arguments: Any) -> Done:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable[..., Done]) -> Callable[..., str]:
+    """Runs a command that must fail with exit code 2 and one line, which is returned."""
+
+    def run(*arguments: Any) -> str:
+        done = command(*arguments)
+        assert done.code == 2, done.out + done.err
+        lines = [line for line in done.err.replace("\r", "\n").splitlines() if " error: " in line]
+        assert len(lines) == 1, done.err
+        assert done.err.splitlines()[-1] == lines[0]
+        return lines[0]
+
+    return run

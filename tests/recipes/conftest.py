@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from vpt_peft.recipes.command import main
 from vpt_peft.recipes.data import digits
 from vpt_peft.recipes.report import plots
 from vpt_peft.recipes.training import pretraining
@@ -20,16 +18,7 @@ from vpt_peft.recipes.training.task import Task
 NUM_DIGITS = 200  # a tenth of them per class
 
 
-@dataclass(frozen=True)
-class Done:
-    """A command that has run: its exit code, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
+Command = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -53,41 +42,11 @@ def rendered_plots() -> None:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs ``vpt-peft`` with these arguments."""
-
-    def run(*arguments: Any) -> Done:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refused(command: Command) -> Callable[..., str]:
-    """Runs a command that must fail with exit code 2 and one line, which is returned."""
-
-    def run(*arguments: Any) -> str:
-        done = command(*arguments)
-        assert done.code == 2, done.out + done.err
-        lines = [line for line in done.err.replace("\r", "\n").splitlines() if " error: " in line]
-        assert len(lines) == 1, done.err
-        assert done.err.splitlines()[-1] == lines[0]
-        return lines[0]
-
-    return run
-
-
-@pytest.fixture
 def train(command: Command, checkpoint: Path, image_folder: Callable[..., Path], tmp_path: Path) -> Command:
     """Runs ``vpt-peft train`` for one epoch with a tiny ViT on colored images, into the folder "out"."""
     image_folder("colors", "red green blue", splits=("train", "test"))
 
-    def run(*options: Any, output: str = "out", epochs: int = 1, model: Path = checkpoint, ok: bool = True) -> Done:
+    def run(*options: Any, output: str = "out", epochs: int = 1, model: Path = checkpoint, ok: bool = True) -> Any:
         data = ["--model", model, "--data", tmp_path / "colors", "--epochs", epochs, "--output", tmp_path / output]
         done = command("train", *data, *options)
         assert done.code == 0 or not ok, done.err

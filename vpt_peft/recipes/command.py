@@ -22,6 +22,7 @@ from .errors import RecipeError
 PROG = "vpt-peft"
 FAILED, INTERRUPTED = 2, 130  # exit codes
 EXTRAS = {  # what to install for a package; others come with vpt-peft[train]
+    "gradio": "vpt-peft[demo]",
     "ray": "ray[tune]",
     **dict.fromkeys(("fastapi", "prometheus_client", "python_multipart", "uvicorn"), "vpt-peft[serve]"),
 }
@@ -51,6 +52,8 @@ COMMANDS = {
     ),
     "info": Command("show what an adapter is", options.add_info, "vpt_peft.recipes.commands.info"),
     "convert": Command("convert a checkpoint of the official VPT code", add_convert, "vpt_peft.convert.command"),
+    "export": Command("write adapters as ONNX or torch.export", options.add_export, "vpt_peft.recipes.commands.export"),
+    "demo": Command("show labels and attention on a page", options.add_demo, "vpt_peft.recipes.commands.demo"),
     "serve": Command("serve adapters of one backbone over HTTP", options.add_serve, "vpt_peft.recipes.commands.serve"),
     "push": Command("upload a fine-tuned model to the Hub", options.add_push, "vpt_peft.recipes.commands.push"),
 }
@@ -118,6 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         extra = EXTRAS.get(str(error.name), "vpt-peft[train]")
         problem: object = f"this command needs the package {error.name}: pip install '{extra}'"
+    except ImportError as error:
+        if error.name is not None:
+            raise
+        problem = error  # our own, which says what to install
     except (VPTError, OSError) as error:
         problem = error
     except RuntimeError as error:

@@ -64,8 +64,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def any_or_pixels(text: str) -> int | str:
+    """The type of a height or width that may be ``any``."""
+    return text if text == "any" else at_least(1)(text)
+
+
 def rate(text: str) -> float:
-    """The type of a learning rate or weight decay."""
+    """The type of a learning rate, weight decay or tolerance."""
     try:
         value = float(text)
     except ValueError:
@@ -223,6 +228,53 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
         help="whose attention: that of [CLS], or the mean over the patches (default: what the head reads)",
     )
     add("--output", type=Path, default=Path("explain.png"), help="the picture (default: %(default)s)")
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Options of ``export``."""
+    add = parser.add_argument
+    add("adapter", help="folder or Hub repository of an adapter")
+    add("file", type=Path, metavar="OUT", help="the file to write: .onnx for ONNX, .pt2 for a program of torch.export")
+    add(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="MORE",
+        help="further adapters of the same backbone, __base__ for the bare backbone: the file then has an input tasks, "
+        "for each image the number of its adapter, from 0",
+    )
+    add("--revision", help="of ADAPTER on the Hub")
+    add("--probabilities", action="store_true", help="probabilities in place of logits")
+    add("--normalize", action="store_true", help="take pixels from 0 to 255, which the file normalises")
+    add("--batch-size", type=at_least(1), help="number of images (default: any)")
+    add(
+        "--image-size",
+        nargs="+",
+        type=any_or_pixels,
+        metavar="PIXELS",
+        help="height and width, or any (default: those that the backbone was made for)",
+    )
+    add("--int8", action="store_true", help="ONNX: linear layers in 8 bits")
+    add("--compile", action="store_true", help=".pt2: compile by AOTInductor for the processor or GPU at hand")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
+    add(
+        "--tolerance",
+        type=rate,
+        help="largest difference permitted, relative to the largest value (default: 1e-4; 0.05 in half precision, 0.1 "
+        "with --int8)",
+    )
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Options of ``demo``."""
+    add = parser.add_argument
+    add("adapters", nargs="+", metavar="ADAPTER", help="folders or Hub repositories of adapters of one backbone")
+    add("--model", help="folder or Hub repository of the backbone (default: the one that the first adapter names)")
+    add("--examples", type=Path, nargs="+", default=[], metavar="IMAGE", help="image files to choose from")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, for this machine only)")
+    add("--port", type=at_least(1), default=7860, help="default: %(default)s")
+    add("--share", action="store_true", help="make the page public, by a tunnel through Gradio's servers")
+    add_device(add)
 
 
 def add_push(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,11 +24,13 @@ from ...model import VPTModel
 from ...model.arguments import BASE, check_adapters_exist, check_names
 from ...model.modes import evaluating
 from ...version import __version__
+from ..adapters import name_adapters
 from .formats import Run, check_onnx_installed, quiet, write_compiled, write_onnx, write_program
 from .graph import ExportedModel, Normalization, exportable_attention, flatten_output, label_outputs
 from .inputs import Inputs, find_image_size
 
 TOLERANCE, OF_HALF, OF_INT8 = 1e-4, 0.05, 0.1  # of float32, half precision and int8
+NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 def export(
@@ -79,8 +81,9 @@ def export(
         ImportError: packages that ONNX needs are missing.
     """
     path = Path(path)
+    _check_path(path, int8, compile)
     names = _find_adapters(vpt, adapter_names)
-    _check_format(vpt, path, int8, compile)
+    _check_model(vpt, path)
     adapters = [None if name == BASE else vpt._adapters[name] for name in names]
     activation = _find_activation(vpt, adapters) if probabilities else None
     size = find_image_size(vpt, adapters, image_size)
@@ -115,6 +118,7 @@ def export_adapter(
     adapter: str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
+    further_adapters: Sequence[str | os.PathLike[str]] = (),
     normalize: bool = False,
     revision: str | None = None,
     dtype: str | torch.dtype | None = torch.float32,
@@ -125,9 +129,12 @@ def export_adapter(
     Args:
         adapter: folder or Hub repository of the adapter.
         path: file to write, ``"model.onnx"`` or ``"model.pt2"``.
+        further_adapters: folders or repositories of adapters of the same backbone, or ``"__base__"`` for the bare
+            backbone. The file is then one for mixed batches, see ``adapter_names`` of :func:`export`; its tasks are
+            numbered in this order, ``adapter`` first, and named by the last part of their folder or repository.
         normalize: the normalisation of the image processor that was saved with the adapter, else of the backbone's,
             becomes part of the file.
-        revision: of the adapter.
+        revision: of ``adapter``.
         dtype: precision of the backbone; ONNX needs float32.
         options: of :func:`export`.
 
@@ -135,15 +142,52 @@ def export_adapter(
         The largest absolute difference between the outputs of the file and of the model.
 
     Raises:
-        VPTError, OSError, ImportError: as :meth:`AutoVPTModel.from_pretrained` and :func:`export`.
+        VPTError, OSError, ImportError: as :meth:`AutoVPTModel.from_pretrained`, :meth:`VPTModel.load_adapter` and
+            :func:`export`.
     """
+    _check_path(Path(path), options.get("int8", False), options.get("compile", False))  # before anything is loaded
+    sources = [adapter, *further_adapters]
+    names = name_adapters(sources) if further_adapters else ["default"]
+    processors: dict[str, Any] = {}
     with hub.pulled_adapter(adapter, revision=revision, with_processor=normalize) as folder:
-        vpt = AutoVPTModel.from_pretrained(folder, dtype=dtype)
+        vpt = AutoVPTModel.from_pretrained(folder, names[0], dtype=dtype)
         if normalize:
-            options["image_processor"] = load_processor(vpt, saved_processor(folder))
+            processors[names[0]] = load_processor(vpt, saved_processor(folder))
+    for name, source in zip(names[1:], further_adapters, strict=True):
+        if name == BASE:
+            continue
+        with hub.pulled_adapter(source, with_processor=normalize) as folder:
+            vpt.load_adapter(folder, name)
+            if normalize:
+                vpt.set_adapter(name)
+                processors[name] = load_processor(vpt, saved_processor(folder))
+    vpt.set_adapter(names[0])
+    if normalize:
+        options["image_processor"] = _common_processor(processors)
+    if further_adapters:
+        options["adapter_names"] = names
     difference = export(vpt, path, **options)
-    print(f"Wrote {path}. The largest difference between its outputs and the model's is {difference:.1e}.")
+    tasks = ", ".join(f"{number} = {name}" for number, name in enumerate(names))
+    print(f"Wrote {path}{f' for the tasks {tasks}' if further_adapters else ''}.")
+    print(f"The largest difference between its outputs and the model's is {difference:.1e}.")
     return difference
+
+
+def _common_processor(processors: Mapping[str, Any]) -> Any:
+    """The image processor of all adapters, given by their names.
+
+    Raises:
+        AdapterError: they normalise differently.
+    """
+    (first, chosen), *others = processors.items()
+    for name, processor in others:
+        differing = [key for key in NORMALIZATION if getattr(processor, key, None) != getattr(chosen, key, None)]
+        if differing:
+            raise AdapterError(
+                f"Adapters in one file must normalise images in the same way, but the image processors of '{first}' "
+                f"and '{name}' differ in {', '.join(differing)}. Export them without normalize=True, or apart."
+            )
+    return chosen
 
 
 def _find_adapters(vpt: VPTModel, adapter_names: Sequence[str] | None) -> list[str]:
@@ -161,15 +205,21 @@ def _find_adapters(vpt: VPTModel, adapter_names: Sequence[str] | None) -> list[s
     return names
 
 
-def _check_format(vpt: VPTModel, path: Path, int8: bool, compile: bool) -> None:
-    """Raises AdapterError for a model that cannot be exported, or not in this format."""
-    model, backbone = type(vpt.get_base_model()).__name__, vpt.backbone
+def _check_path(path: Path, int8: bool, compile: bool) -> None:
+    """Raises AdapterError for a file of no known format or of one without these options, ImportError for ONNX's."""
     if path.suffix not in (".onnx", ".pt2"):
         raise AdapterError(f"Expected a file name that ends in .onnx or .pt2, got {safe_repr(path.name)}.")
     if compile and path.suffix != ".pt2":
         raise AdapterError(f"compile=True needs a file name that ends in .pt2, got {safe_repr(path.name)}.")
     if int8 and path.suffix != ".onnx":
         raise AdapterError(f"int8=True needs a file name that ends in .onnx, got {safe_repr(path.name)}.")
+    if path.suffix == ".onnx":
+        check_onnx_installed()
+
+
+def _check_model(vpt: VPTModel, path: Path) -> None:
+    """Raises AdapterError for a model that cannot be exported, or not in this format."""
+    model, backbone = type(vpt.get_base_model()).__name__, vpt.backbone
     if vpt._is_dual_encoder:
         raise AdapterError(
             f"Expected a model of images, got {model}, a model of images and texts. Export an adapter of its vision "
@@ -186,12 +236,10 @@ def _check_format(vpt: VPTModel, path: Path, int8: bool, compile: bool) -> None:
             f"Expected a backbone with floating-point weights, got a quantised one ({quantized}). Load the adapter "
             "onto the original backbone; int8=True quantises an exported ONNX model."
         )
-    if path.suffix == ".onnx":
-        if vpt.dtype != torch.float32:
-            raise AdapterError(
-                f"ONNX models are exported in float32, got a backbone in {vpt.dtype}. Load it with dtype=torch.float32."
-            )
-        check_onnx_installed()
+    if path.suffix == ".onnx" and vpt.dtype != torch.float32:
+        raise AdapterError(
+            f"ONNX models are exported in float32, got a backbone in {vpt.dtype}. Load it with dtype=torch.float32."
+        )
 
 
 def _find_activation(vpt: VPTModel, adapters: Sequence[Adapter | None]) -> Callable[[Tensor], Tensor]:

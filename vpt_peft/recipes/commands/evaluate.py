@@ -19,7 +19,8 @@ from ..data.transforms import to_inputs
 from ..errors import RecipeError
 from ..report.metrics import Metric, Scores, predicted_labels
 from ..report.tables import label_table
-from ..training.models import Tuned, choose_device, silence_transformers
+from ..runtime import choose_device, silence_transformers
+from ..training.models import Tuned
 
 
 def run(args: argparse.Namespace) -> None:

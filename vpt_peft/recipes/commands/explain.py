@@ -8,8 +8,8 @@ import torch
 
 from ...explanation import explain
 from ..report.tables import table
+from ..runtime import silence_transformers
 from ..sources import check_source
-from ..training.models import silence_transformers
 
 
 def run(args: argparse.Namespace) -> None:

@@ -23,8 +23,9 @@ from ...images.files import SUFFIXES, is_image, read_image
 from ...model import VPTModel
 from ..errors import RecipeError
 from ..report.tables import table
+from ..runtime import choose_device, silence_transformers
 from ..sources import check_source
-from ..training.models import ADAPTER_CONFIG, Tuned, choose_device, processor_of_adapter, silence_transformers
+from ..training.models import ADAPTER_CONFIG, Tuned, processor_of_adapter
 
 INPUT = ("size", "crop_size", "do_center_crop", "do_normalize", "image_mean", "image_std", "rescale_factor", "resample")
 

@@ -12,7 +12,8 @@ import torch
 from ...hub import is_folder
 from ...model import VPTModel
 from ..errors import RecipeError
-from ..training.models import Tuned, peft_type, silence_transformers
+from ..runtime import silence_transformers
+from ..training.models import Tuned, peft_type
 from ..training.repository import Repository
 
 

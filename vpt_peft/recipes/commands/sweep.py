@@ -15,9 +15,9 @@ from typing import Any
 import optuna
 
 from ..report import plots
+from ..runtime import silence_transformers
 from ..search.space import Search
 from ..search.trials import Trials, importances
-from ..training.models import silence_transformers
 from ..training.task import Task, set_defaults
 from .train import check_writable, settings_of
 

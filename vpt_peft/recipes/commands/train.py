@@ -18,8 +18,8 @@ import torch
 from accelerate import PartialState
 
 from ..errors import RecipeError
+from ..runtime import choose_device, choose_precision, silence_transformers
 from ..training.methods import Method
-from ..training.models import choose_device, choose_precision, silence_transformers
 from ..training.output import Report, Run
 from ..training.task import Task, display_name, set_defaults
 from ..training.trainer import (

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
@@ -41,42 +40,6 @@ from ..sources import check_source
 TASKS = ("classification", "segmentation")
 ADAPTER_CONFIG = "adapter_config.json"
 UPERNET_WIDTH = 256
-
-
-# -- devices and precision --------------------------------------------------------------------------------------------
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of an option: "auto", or a type of device. Trainer always takes the first one of its type.
-
-    Raises:
-        RecipeError: this machine has no such device.
-    """
-    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return own or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"--device must be auto, cpu or an accelerator such as cuda, got {name}.") from error
-    if device.type != "cpu" and (own is None or device.type != own.type):
-        found = f"cpu and {own.type}" if own else "cpu only"
-        raise RecipeError(f"--device {name} is not available: torch {torch.__version__} finds {found} here.")
-    if ":" in name:
-        raise RecipeError(
-            f"--device must be without a number, got {name}. Choose one of several GPUs by CUDA_VISIBLE_DEVICES="
-            f"{device.index}."
-        )
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """The precision of an option: "auto" is "bf16" on accelerators that compute in it, and "fp32" elsewhere."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "xpu" else "fp32"
 
 
 # -- backbones --------------------------------------------------------------------------------------------------------
@@ -291,12 +254,6 @@ def _processor_of(name: str, model: Any) -> Any:
     if has_processor(name):
         return read_processor(name)
     return load_image_processor(model.config.name_or_path)
-
-
-def silence_transformers() -> None:
-    """Disables transformers' progress bars and messages, such as those about a newly initialised head."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def say(text: str) -> None:
