@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, LayerPlan, ProjectionCache
 from ..backbones import Backbone, Layer
+from .cached_input import CachedInput
 
 
 @dataclass(eq=False)
@@ -71,6 +72,7 @@ class ForwardContext:
         last_hidden_state: output of the encoder, ``(num_images, num_tokens, width)``, where a pooling reads it.
         pooler_output: its pooled output, ``(num_images, width)``, likewise; None if it has none.
         token_mask: ``(num_images, num_tokens)``, 0 for padded tokens; None: there are none.
+        cached: features in place of pixels; None: there are none.
     """
 
     backbone: Backbone
@@ -84,6 +86,7 @@ class ForwardContext:
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     token_mask: Tensor | None = None
+    cached: CachedInput | None = None
 
     def has_prompts(self, layer: int) -> bool:
         """Whether any image has prompts in a layer."""

@@ -30,6 +30,11 @@ class LayerHook(ForwardOverride):
         forward = current_forward(self.backbone)
         if forward is None:
             return self._layer_forward(*args, **kwargs)
+        if forward.cached is not None:
+            if forward.cached.skips(self.layer.index):
+                with activate(None):
+                    return forward.cached.skip(self.layer.index, self._layer_forward, *args, **kwargs)
+            args = forward.cached.enter_layer(self.layer.index, args)
         run: Callable[..., Any] = partial(self._run, forward, **kwargs)
         if forward.training and getattr(self._checkpointed, "gradient_checkpointing", False):
             run = partial(self._checkpoint, run)

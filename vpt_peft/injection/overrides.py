@@ -180,6 +180,8 @@ class HeadOverride(ForwardOverride):
             features = pool_tokens(context, batch, self.backbone)
         elif batch.rows is not None:
             features = map_tensors(batch.select, features)
+        if context.cached is not None:
+            features = context.cached.enter_head(self.path, features)
         head = batch.replacement(self.path)
         if head is None:
             return self.forward(features, *args, **kwargs)

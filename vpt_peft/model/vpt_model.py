@@ -21,7 +21,16 @@ from ..adapter import Adapter, ProjectionCache
 from ..backbones import Backbone
 from ..config import PromptConfig
 from ..errors import AdapterError, RouteError
-from ..injection import AdapterBatch, ForwardContext, Injector, activate, disable, enter_image, is_disabled
+from ..injection import (
+    AdapterBatch,
+    FeatureEntry,
+    ForwardContext,
+    Injector,
+    activate,
+    disable,
+    enter_image,
+    is_disabled,
+)
 from .arguments import (
     BASE,
     HUB_OPTIONS,
@@ -42,6 +51,7 @@ from .backbone_checks import (
     warn_of_initialised_parts,
     with_head,
 )
+from .cached_features import enter_features
 from .forward import add_loss, check_own_loss, count_labels, mask_padded_logits, mix_adapters, watch_gradients
 from .initialisation import check_init, collect_tokens, write_prompts
 from .modes import evaluating
@@ -89,6 +99,7 @@ class VPTModel(PreTrainedAdapterModel):
         self._active_list: list[Adapter] = []
         self._serving: list[object] = []  # one item for each open serving()
         self._caches: dict[str, ProjectionCache] = {}  # by adapter, while serving
+        self._feature_entries: dict[int, FeatureEntry] = {}  # of cached features, by key
         self.training = training
         self.adapters = nn.ModuleDict()
         try:
@@ -183,6 +194,8 @@ class VPTModel(PreTrainedAdapterModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
+        cached_features: Tensor | None = None,
+        cache_key: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the backbone with the active adapter, or each image with its own. The output is the backbone's own.
@@ -199,6 +212,8 @@ class VPTModel(PreTrainedAdapterModel):
                 adapter and :meth:`disable_adapter` then have no effect.
             input_ids, attention_mask: texts of a dual encoder (CLIP, SigLIP), in any number; with ``return_loss=True``,
                 the output contains its loss for pairs of images and texts.
+            cached_features, cache_key: in place of ``pixel_values``, a batch of
+                :func:`~vpt_peft.training.cache_features`: only the layers behind the features run.
 
         Raises:
             AdapterError: an argument does not match the adapters; RouteError: prompts did not reach a layer.
@@ -208,7 +223,6 @@ class VPTModel(PreTrainedAdapterModel):
             raise AdapterError(
                 "pixel_values must be given with input_ids, got None. For texts alone, use vpt.get_text_features(...)."
             )
-        pixel_values = find_pixel_values(self.backbone, pixel_values, pixel_values_videos)
         optional = {
             "bool_masked_pos": bool_masked_pos, "interpolate_pos_encoding": interpolate_pos_encoding,
             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
@@ -216,6 +230,17 @@ class VPTModel(PreTrainedAdapterModel):
             "attention_mask": attention_mask,
         }  # fmt: skip
         kwargs |= {name: value for name, value in optional.items() if value is not None}
+        cached = None
+        if cached_features is not None or cache_key is not None:
+            given = {
+                **kwargs, "pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos,
+                "adapter_names": adapter_names, "disable_adapter()": is_disabled(self),
+            }  # fmt: skip
+            entries = self._feature_entries
+            cached = enter_features(cached_features, cache_key, entries, self._active, self.backbone, given)
+            pixel_values = torch.zeros(1, *cached.entry.input_shape, device=self.device, dtype=self.dtype)
+        else:
+            pixel_values = find_pixel_values(self.backbone, pixel_values, pixel_values_videos)
         if labels is not None and adapter_names is not None:
             raise AdapterError(
                 "labels cannot be given with adapter_names: tasks differ in labels. Train one at a time."
@@ -227,7 +252,10 @@ class VPTModel(PreTrainedAdapterModel):
             if not disabled:
                 check_own_loss(self.backbone, self._active)
             kwargs["labels"] = labels
-        context = None if disabled else self._make_context(pixel_values.shape[0], adapter_names)
+        num_images = (pixel_values if cached is None else cached.features).shape[0]
+        context = None if disabled else self._make_context(num_images, adapter_names)
+        if context is not None:
+            context.cached = cached
         num_labels = None  # counted now: another thread may delete an adapter during the forward pass
         if adapter_names is not None:
             num_labels = count_labels(self._adapters, adapter_names, self.backbone)

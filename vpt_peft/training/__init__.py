@@ -1,15 +1,17 @@
-"""Optimizers, and callbacks of transformers' Trainer, which are loaded when they are used."""
+"""Optimizers, cached features, and callbacks of transformers' Trainer, which are loaded when they are used."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .feature_folder import CachedFeatures
+from .features import cache_features
 from .optimizer import adamw, parameter_groups
 
 if TYPE_CHECKING:
     from .callbacks import PushAdapter
 
-__all__ = ["PushAdapter", "adamw", "parameter_groups"]
+__all__ = ["CachedFeatures", "PushAdapter", "adamw", "cache_features", "parameter_groups"]
 
 
 def __getattr__(name: str) -> Any:
