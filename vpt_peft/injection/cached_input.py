@@ -67,7 +67,7 @@ class CachedInput:
         """The positional arguments of a layer, of which the first are the tokens."""
         if layer != self.entry.layer:
             return args
-        return (self.features.to(args[0].device, args[0].dtype), *args[1:])
+        return (_like(self.features, args[0]), *args[1:])
 
     def enter_head(self, path: str, features: Any) -> Any:
         """The features of a module of the head."""
@@ -76,6 +76,17 @@ class CachedInput:
         start = 0
         for name, width in self.entry.widths.items():
             if name == path:
-                return self.features[:, start : start + width].to(features.device, features.dtype)
+                return _like(self.features[:, start : start + width].contiguous(), features)
             start += width
         raise AssertionError(path)  # the entry has all modules of the head
+
+
+def _like(features: Tensor, computed: Tensor) -> Tensor:
+    """Features on the device, in the precision and in the layout in memory of those that a model computes, so that
+    matrix products round in the same way."""
+    features = features.to(computed.device, computed.dtype)
+    if computed.is_contiguous():
+        return features
+    order = sorted(range(computed.ndim), key=computed.stride, reverse=True)
+    inverse = sorted(range(computed.ndim), key=order.__getitem__)
+    return features.permute(order).contiguous().permute(inverse)

@@ -133,7 +133,9 @@ def _read(
     draws: Draws, batch_size: int, workers: int, progress: bool, rows: Sequence[int], title: str
 ) -> Iterator[list[Draw]]:
     """Batches of rows, with a progress bar."""
-    loader: DataLoader[Draw] = DataLoader(Subset(draws, rows), batch_size, num_workers=workers, collate_fn=list)
+    loader: DataLoader[Draw] = DataLoader(
+        Subset(draws, rows), batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator()
+    )
     with tqdm(total=len(rows), desc=title, unit="image", leave=False, disable=not progress or not rows) as bar:
         for batch in loader:
             yield batch
@@ -228,18 +230,18 @@ def _join(features: dict[str, Tensor]) -> Tensor:
 
 
 def _check_entry(vpt: VPTModel, entry: FeatureEntry, first: Draw, features: Tensor, kwargs: dict[str, Any]) -> None:
-    """Compares the outputs from the features of one image with those from its pixels.
+    """Compares the outputs from the features of an image, in a batch of two, with those from its pixels.
 
     Raises:
         UnsupportedModelError: they differ: the model passes something else than tokens on to its upper layers.
     """
     name = type(vpt.backbone.original).__name__
-    pixels = first.pixels.unsqueeze(0).to(vpt.device, vpt.dtype)
+    pixels = torch.stack([first.pixels] * 2).to(vpt.device, vpt.dtype)
     expected = vpt(**{vpt.backbone.architecture.input_name: pixels}, **kwargs)
     vpt._feature_entries[CHECKED] = entry
     try:
         for _ in range(2):  # the first time, the entry learns what the skipped layers return
-            found = vpt(cached_features=features, cache_key=CHECKED, **kwargs)
+            found = vpt(cached_features=torch.cat([features] * 2), cache_key=CHECKED, **kwargs)
     except (RuntimeError, IndexError, TypeError) as error:
         raise UnsupportedModelError(
             f"Features cannot be cached for {name}, whose upper layers need more than tokens: {error}. Train it on "
@@ -247,12 +249,23 @@ def _check_entry(vpt: VPTModel, entry: FeatureEntry, first: Draw, features: Tens
         ) from error
     finally:
         del vpt._feature_entries[CHECKED]
-    for key, value in expected.items():
-        if isinstance(value, Tensor) and not _is_close(found[key], value):
+    others = dict(_tensors(found))
+    for key, value in _tensors(expected):
+        if key not in others or not _is_close(others[key], value):
             raise UnsupportedModelError(
                 f"Features cannot be cached in front of {describe_entry(entry.layer, entry.pooling)} of {name}: its "
                 f"{key} would differ from that of pixel values. Train it on pixel values."
             )
+
+
+def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an output, by name."""
+    if isinstance(output, Tensor):
+        yield name, output
+    elif isinstance(output, Mapping | tuple | list):
+        items = output.items() if isinstance(output, Mapping) else enumerate(output)
+        for key, value in items:
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _is_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
