@@ -138,6 +138,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_task(parser)
     add("--ignore-index", type=int, default=255, help="value of unlabelled pixels in masks (default: 255)")
     add("--num-tokens", type=at_least(1), help="prompt length (default: the method's)")
+    add("--last-layers", type=at_least(1), metavar="N", help="prompts in the last N layers only (default: in all)")
+    add(
+        "--cache-features",
+        action="store_true",
+        help="compute the layers below the prompts once and not in every epoch; with --last-layers or --method linear",
+    )
+    add("--augmentations", type=at_least(1), metavar="N", help="of each image, with --cache-features (default: 8)")
     add("--accumulate", type=at_least(1), default=1, metavar="N", help="gradient accumulation over N batches")
     add(
         "--learning-rate", type=rate, help="of all that has no rate of its own, such as prompts (default: the method's)"

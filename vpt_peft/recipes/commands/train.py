@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ...model import VPTModel
+from ...training import cache_features
 from ..errors import RecipeError
 from ..runtime import choose_device, choose_precision, silence_transformers
 from ..training.methods import Method
 from ..training.output import Report, Run
 from ..training.task import Task, display_name, set_defaults
 from ..training.trainer import (
+    NextAugmentations,
     RecipeTrainer,
     Settings,
     Throughput,
@@ -33,6 +37,8 @@ from ..training.trainer import (
 )
 
 VALIDATION_SHARE = 0.1
+AUGMENTATIONS = 8  # of cached features
+FEATURES = "features"
 RESULTS = ("results.json", "adapter_config.json", "config.json")
 # Options that may change when a run is continued.
 FREE_OPTIONS = (
@@ -58,13 +64,19 @@ def run(args: argparse.Namespace) -> None:
         for seed in args.seeds:
             report.add(train(args, settings, method, task, seed))
         report.finish()
+        if settings.process_state().is_main_process:
+            shutil.rmtree(args.output / FEATURES, ignore_errors=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on(args)) from None
 
 
 def train(args: argparse.Namespace, settings: Settings, method: Method, task: Task, seed: int) -> Run:
     """Trains and evaluates with one seed."""
-    tuned = task.attach(method, task.load_backbone(seed, settings))
+    backbone = task.load_backbone(seed, settings)
+    if args.last_layers is not None:
+        method = method.in_last_layers(args.last_layers, backbone)
+    tuned = task.attach(method, backbone)
+    train_set, eval_set = data_sets(args, settings, task, tuned)
     folder = args.output / f"seed-{seed}"
     score = "mean_iou" if task.kind == "segmentation" else "accuracy"
     rows = task.splits["train"]
@@ -80,13 +92,13 @@ def train(args: argparse.Namespace, settings: Settings, method: Method, task: Ta
             metric_for_best_model=score if args.keep_best else None,
             dataloader_drop_last=task.drops_last(settings),
         ),
-        train_dataset=task.for_training(rows),
-        eval_dataset=task.for_testing(task.splits["validation" if args.keep_best else "test"]),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
         optimizer_cls_and_kwargs=(
             torch.optim.AdamW,
             {"params": method.parameter_groups(tuned, settings.weight_decay)},
         ),
-        callbacks=[throughput],
+        callbacks=[throughput, NextAugmentations()],
         metric=task.metric(),
         title=f"{method.title}, seed {seed}",
     )
@@ -108,6 +120,29 @@ def train(args: argparse.Namespace, settings: Settings, method: Method, task: Ta
         model=tuned,
         main=trainer.is_world_process_zero(),
     )
+
+
+def data_sets(args: argparse.Namespace, settings: Settings, task: Task, tuned: Any) -> tuple[Any, Any]:
+    """The images to train on, and those to evaluate each epoch on; with ``--cache-features``, their features.
+
+    Raises:
+        RecipeError: there is no adapter, or it changes all layers.
+    """
+    evaluated = task.splits["validation" if args.keep_best else "test"]
+    sets = {"train": task.for_training(task.splits["train"]), "evaluation": task.for_testing(evaluated)}
+    if args.cache_features:
+        if not isinstance(tuned, VPTModel) or tuned.active_config.bias != "none" or 0 in tuned.routes:
+            layers = "" if args.last_layers is None else f" --last-layers {args.last_layers}"
+            raise RecipeError(
+                "--cache-features requires an adapter that leaves the lower layers unchanged, got --method "
+                f"{args.method}{layers}. Use --method linear, or --method vpt-prefix --last-layers 3."
+            )
+        draws = {"train": args.augmentations or AUGMENTATIONS, "evaluation": 1}
+        with settings.autocast():
+            for name, images in sets.items():
+                folder, batch_size = args.output / FEATURES / name, 4 * settings.batch_size
+                sets[name] = cache_features(tuned, images, folder, draws[name], batch_size, workers=settings.workers)
+    return sets["train"], sets["evaluation"]
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

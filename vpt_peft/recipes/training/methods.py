@@ -53,6 +53,24 @@ class Method:
             raise RecipeError(f"--num-tokens requires a method with prompts, got {self.title}.")
         return dataclasses.replace(self, config=self.config.replace(num_tokens=num_tokens))
 
+    def in_last_layers(self, number: int, model: Any) -> Method:
+        """The method with prompts in the last layers of a model only.
+
+        Raises:
+            RecipeError: it has no prompts, or the model has fewer layers.
+        """
+        from ...backbones import find_backbone
+
+        if self.config is None or self.config.num_tokens == 0:
+            raise RecipeError(f"--last-layers requires a method with prompts, got {self.title}.")
+        depth = len(find_backbone(model).layers)
+        if number > depth:
+            raise RecipeError(
+                f"--last-layers must be at most {depth}, the number of layers of the model, got {number}."
+            )
+        layers = range(depth - number, depth)
+        return dataclasses.replace(self, config=self.config.replace(layers_to_transform=tuple(layers)))
+
     @property
     def arguments(self) -> dict[str, float | None]:
         """Learning rates as arguments of ``vpt_peft.adamw`` and ``parameter_groups``."""

@@ -212,6 +212,8 @@ def set_defaults(args: argparse.Namespace) -> None:
         raise RecipeError(
             "--batch-size must be at least 2 for segmentation, whose decode heads have batch norms, got 1."
         )
+    if getattr(args, "augmentations", None) is not None and not args.cache_features:
+        raise RecipeError("--augmentations is for cached features. Add --cache-features, or leave it out.")
     if args.image_size is not None and len(args.image_size) > 2:
         raise RecipeError(f"--image-size must be one or two numbers, height and width, got {len(args.image_size)}.")
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from ...training import CachedFeatures
 from ..errors import RecipeError
 from ..report.metrics import Metric, predicted_labels
 
@@ -81,6 +82,11 @@ class Settings:
         # One process uses one device: with several, Trainer would use nn.DataParallel.
         arguments._n_gpu = min(1, arguments.n_gpu)
         return arguments
+
+    def autocast(self) -> torch.autocast:
+        """The precision in which Trainer computes."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def process_state(self) -> PartialState:
         """This process among those that train together."""
@@ -199,6 +205,15 @@ class Throughput(TrainerCallback):
     def images_per_second(self, num_images: int, steps_per_epoch: float) -> float:
         """Images per second, given the number of images and steps in an epoch."""
         return num_images * self.steps / steps_per_epoch / self.seconds if self.seconds else 0.0
+
+
+class NextAugmentations(TrainerCallback):
+    """Lets each epoch, also of a resumed run and in all processes, have its own augmentations of cached features."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Sets the epoch of the training images."""
+        if isinstance(train_dataloader.dataset, CachedFeatures):
+            train_dataloader.dataset.set_epoch(round(state.epoch))
 
 
 def peak_memory(device: torch.device) -> tuple[float, str]:
