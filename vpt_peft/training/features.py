@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -185,6 +185,10 @@ def _check_first_row(files: FeatureFolder, features: Tensor) -> None:
         )
 
 
+class _Recorded(Exception):  # noqa: N818  it is no error
+    """All features of a batch are recorded."""
+
+
 def _compute(vpt: VPTModel, draws: Sequence[Draw], layer: int | None, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The features of a batch in the precision of the model: the tokens that enter a layer, ``{"": (num_images,
     num_tokens, width)}``, or what enters the modules of the head, ``{path: (num_images, width)}``."""
@@ -194,12 +198,14 @@ def _compute(vpt: VPTModel, draws: Sequence[Draw], layer: int | None, kwargs: di
 
     def record(path: str, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         found[path] = (args[0] if args else next(iter(named.values()))).clone()
+        if len(found) == len(paths):
+            raise _Recorded  # what follows is not needed
 
     shapes = {tuple(draw.pixels.shape) for draw in draws}
     if len(shapes) > 1:
         raise AdapterError(f"All images must have one size, got {sorted(shapes)}. Resize them in the data set.")
     pixels = torch.stack([draw.pixels for draw in draws]).to(vpt.device, vpt.dtype)
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, suppress(_Recorded):
         for path in paths:
             module = head.find(path) if layer is None else backbone.layers[layer].module
             assert module is not None
