@@ -90,7 +90,7 @@ def measure(data: str, args: argparse.Namespace, runs: list[Run]) -> None:
     wanted = [
         {**described, "method": name, "layers": number, "seed": seed}
         for seed in args.seeds
-        for name in BASES
+        for name in args.methods
         for number in args.layers
     ]
     missing = [run for run in wanted if not any(run.items() <= done.items() for done in runs)]
@@ -154,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--model", required=True, help="a ViT checkpoint's name on the Hub or its folder")
     add("--data", nargs="+", required=True, help="folders with class folders, or datasets on the Hub")
     add("--image-size", type=int, default=224, help="in pixels (default: %(default)s)")
+    add("--methods", nargs="+", choices=BASES, default=BASES, help="default: both")
     add("--layers", nargs="+", type=int, default=[3, 6], help="numbers of last layers (default: 3 6)")
     add("--seeds", nargs="+", type=int, default=[0], help="one run per seed (default: 0)")
     add("--epochs", type=int, default=Settings.epochs, help="default: %(default)s")

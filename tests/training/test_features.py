@@ -189,6 +189,15 @@ def test_float16_takes_two_bytes_a_value_and_stays_close(vit: Tiny, cache: Cache
     assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+def test_autocast_gives_the_same_outputs_to_the_bit(tiny: Tiny, cache: Cache) -> None:
+    vpt = tiny.prompted(**LAST).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = cache(vpt, of(tiny))
+        found, expected = answers(vpt, features), logits(vpt, tiny.pixel_values)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, logits(vpt, tiny.pixel_values))
+
+
 def test_images_of_another_size_need_the_same_argument_as_with_pixels(vit: Tiny, cache: Cache) -> None:
     vpt = vit.prompted(**LAST).eval()
     larger = torch.randn(4, 3, 48, 40)

@@ -94,7 +94,7 @@ def enter_features(
         AdapterError: they are not from one cache of this model, do not fit the adapter, or another argument needs what
             is not computed.
     """
-    keys = set(key.reshape(-1).tolist()) if isinstance(key, Tensor) else {key}
+    keys: set[Any] = set(key.reshape(-1).tolist()) if isinstance(key, Tensor) else {key}
     if features is None or keys == {None}:
         raise AdapterError(
             "cached_features and cache_key must be given together, as in the batches of vpt_peft.training."

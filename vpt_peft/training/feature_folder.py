@@ -89,7 +89,8 @@ class FeatureFolder:
                 f"The fields of all images must have the same names, types and shapes, got {safe_repr(kinds)}. Pad or "
                 "remove them in the data set."
             )
-        tensors = {name: torch.stack([row[name] for row in values]) for name in values[0]}
+        with torch.autocast("cpu", enabled=False):  # it would convert bytes
+            tensors = {name: torch.stack([row[name] for row in values]) for name in values[0]}
         io.atomic_write(self.file(rows), safetensors.torch.save(tensors))
 
     def read_digests(self, rows: range) -> Tensor | None:
