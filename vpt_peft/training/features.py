@@ -23,7 +23,7 @@ from .. import io
 from ..errors import AdapterError, CheckpointError, UnsupportedModelError, safe_repr
 from ..injection import FeatureEntry
 from ..model import VPTModel
-from ..model.cached_features import ACCEPTED, check_eval_mode, describe_entry, find_entry_layer
+from ..model.cached_features import check_eval_mode, describe_entry, find_entry_layer
 from ..model.initialisation import evaluating
 from .draws import Draw, Draws, as_bytes
 from .feature_folder import DIGEST, FEATURES, CachedFeatures, FeatureFolder, locked
@@ -122,7 +122,7 @@ def _check_arguments(
             f"dataset must have a length of at least 1 and items by index, got a {type(dataset).__name__}. Load it "
             "without streaming."
         )
-    refused = [name for name in kwargs if name not in ACCEPTED]
+    refused = [name for name in kwargs if name != "interpolate_pos_encoding"]
     if refused:
         raise AdapterError(
             f"cache_features() takes no {', '.join(refused)}, on which the features would depend. Leave it out."
