@@ -538,6 +538,23 @@ def test_maps_of_different_resolutions_are_drawn_side_by_side(tmp_path: Path) ->
     assert_is_plot(tmp_path / "swin.png")
 
 
+def test_a_layer_with_few_bright_patches_leaves_the_others_their_colours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layer(patches: Tensor) -> LayerAttention:
+        return LayerAttention(patches / patches.sum((1, 2), keepdim=True), torch.zeros(2, 1), torch.zeros(2, 3), 0.1)
+
+    smooth = layer(0.5 + torch.rand(2, 14, 14))
+    bright = torch.zeros(2, 14, 14) + 0.01
+    bright[:, 3, 3:8] = 1
+    explanation = Explanation("default", "token", "class", (0, 1, 2), (smooth,) * 3, (smooth, smooth, layer(bright)))
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    draw_explanation(explanation, some_picture(), tmp_path / "picture.png")
+    scales = {panel.images[1].norm.vmax for panel in drawn[0].axes if len(panel.images) == 2}
+    assert len(scales) == 1 and 1 <= scales.pop() < 2
+
+
 def test_bad_pictures_are_named(vit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explanation = explain_attention(vit.prompted(), vit.pixel_values[:1])
     with pytest.raises(AdapterError, match=r"one of the suffixes .*\.png.*, got '.*picture.txt'"):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import AdapterError, safe_repr
 from .attention import Explanation
 from .recorder import LayerAttention
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 ORANGE, GREY, DARK, LIGHT = "#d9822b", "#6b7178", "#1b2733", "#e6e8eb"
 COLOURS, OPACITY = "YlOrRd", 0.9  # of the highest weights; the lowest are transparent
-HIGHEST = 0.99  # quantile of the weights at the end of the colour scale: single patches may be far above
+HIGHEST = 0.98  # quantile of the weights of all maps at the end of the colour scale; single patches are far above
 PANEL = 1.75  # inches
 BAR_OFFSET = -6  # points below a map
 QUERIES = {"class": "of [CLS]", "patches": "of all patches, on average,"}
@@ -146,7 +148,8 @@ def _relative(layer: LayerAttention) -> Any:
 
 
 def _highest(layers: Sequence[LayerAttention]) -> float:
-    return max(float(_relative(layer).flatten().quantile(HIGHEST)) for layer in layers)
+    """The end of the colour scale: one layer with few bright patches must not leave the others without colour."""
+    return max(1.0, float(torch.cat([_relative(layer).flatten() for layer in layers]).quantile(HIGHEST)))
 
 
 def _to_pixels(image: Image) -> Any:
