@@ -48,6 +48,14 @@ class AdapterPipeline(transformers.Pipeline):
 class ImageClassificationPipeline(AdapterPipeline, transformers.ImageClassificationPipeline):
     """``pipe("rose.jpg", top_k=5)`` gives ``[{"label": "rose", "score": 0.98}, ...]``."""
 
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: Any, function_to_apply: Any = None, **options: Any
+    ) -> Any:
+        """Probabilities; of regression the values, also in versions of transformers that take their softmax."""
+        if function_to_apply is None and self.model.config.problem_type == "regression":
+            function_to_apply = "none"
+        return super().postprocess(model_outputs, function_to_apply, **options)  # type: ignore[no-untyped-call]
+
 
 class ImageFeatureExtractionPipeline(AdapterPipeline, transformers.ImageFeatureExtractionPipeline):
     """``pipe("rose.jpg", return_tensors=True)`` gives a tensor ``(1, number of tokens, width)``."""
