@@ -148,16 +148,6 @@ def held_loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         opened.set()
 
 
-@pytest.fixture
-def auto_processors(tmp_path: Path) -> None:
-    """Skips where this version of transformers loads image processors by torchvision only, which is not installed."""
-    ViTImageProcessorPil().save_pretrained(tmp_path / "processor")
-    try:
-        transformers.AutoImageProcessor.from_pretrained(tmp_path / "processor")
-    except ImportError:
-        pytest.skip("AutoImageProcessor of this version of transformers needs torchvision")
-
-
 def processor_for(size: int = 32, **options: Any) -> ViTImageProcessorPil:
     return ViTImageProcessorPil(size={"height": size, "width": size}, **options)
 
@@ -233,7 +223,6 @@ def test_a_swin_answers_the_same_after_images_of_another_size(tmp_path: Path) ->
     tasks.check("task", image, before)
 
 
-@pytest.mark.usefixtures("auto_processors")
 @pytest.mark.parametrize(
     "labels",
     [
@@ -286,7 +275,6 @@ def test_a_backbone_is_loaded_by_name(checkpoint: Path, tmp_path: Path) -> None:
 # -- image processors -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_each_image_is_processed_as_its_adapter_was_trained(tasks: Tasks, checkpoint: Path) -> None:
     processors = {
         "bright": processor_for(image_mean=[0.9] * 3),
@@ -305,7 +293,6 @@ def test_each_image_is_processed_as_its_adapter_was_trained(tasks: Tasks, checkp
         assert engine.stats().batch_sizes == {1: 1, 3: 1}
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_images_for_a_border_of_prompts_are_smaller(tasks: Tasks) -> None:
     tasks.add("border", {"num_tokens": 2, "location": "border", "deep": False}, processor_for())
     expected = processor_for(28)(picture(), return_tensors="pt")["pixel_values"][0]
@@ -313,7 +300,6 @@ def test_images_for_a_border_of_prompts_are_smaller(tasks: Tasks) -> None:
         tasks.check("border", expected, engine.predict(picture(), tasks.path("border")))
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_the_backbones_image_processor_is_found_beside_it(checkpoint: Path, tmp_path: Path) -> None:
     tasks = Tasks(tmp_path, lambda: transformers.AutoModelForImageClassification.from_pretrained(checkpoint).eval())
     tasks.add("task", {"num_tokens": 2})
@@ -324,7 +310,6 @@ def test_the_backbones_image_processor_is_found_beside_it(checkpoint: Path, tmp_
     tasks.check("task", processor(image, return_tensors="pt")["pixel_values"][0], answer, interpolate_pos_encoding=True)
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_without_an_image_processor_only_tensors_are_answered(tasks: Tasks) -> None:
     tasks.add("task", {"num_tokens": 3})
     image = some_images(1)[0]
@@ -334,7 +319,6 @@ def test_without_an_image_processor_only_tensors_are_answered(tasks: Tasks) -> N
         tasks.check("task", image, engine.predict(image, tasks.path("task")))
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_a_damaged_image_processor_fails_its_adapter_alone(tasks: Tasks) -> None:
     for name in ("good", "bad"):
         tasks.add(name, {"num_tokens": 3}, processor_for())
@@ -433,6 +417,7 @@ def truncated() -> Image.Image:
     ("image", "message"),
     [
         (truncated, "cannot be decoded"),
+        (lambda: Image.new("I;16", (32, 32), 3000), "must have 8 bits per channel, got mode I;16"),
         (lambda: "photo.jpg", "Expected a PIL image or a tensor"),
         (lambda: None, "Expected a PIL image or a tensor"),
         (lambda: np.zeros((3, 32, 32)), "Expected a PIL image or a tensor"),
@@ -664,7 +649,6 @@ def test_requests_from_before_a_replacement_are_answered_by_the_old_adapter_once
         assert engine.stats().mixed_batches == 1
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_weights_are_not_read_before_the_image_processor_that_is_saved_with_them(
     tasks: Tasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -685,7 +669,6 @@ def test_weights_are_not_read_before_the_image_processor_that_is_saved_with_them
         tasks.check("task", after(image, return_tensors="pt")["pixel_values"][0], asked[0].result(SOON))
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_a_folder_that_another_program_overwrites_while_it_is_read_is_read_again(
     tasks: Tasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -707,7 +690,6 @@ def test_a_folder_that_another_program_overwrites_while_it_is_read_is_read_again
     torch.testing.assert_close(answer.logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("auto_processors")
 def test_no_answer_mixes_the_versions_of_a_folder_that_is_replaced_over_and_over(tasks: Tasks) -> None:
     image, expected = picture(), []
     for version in range(2):
