@@ -42,13 +42,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..backbones import Backbone, Layer
 from ..errors import RouteError, UnsupportedModelError
 from .context import ForwardContext, LayerContext, activate_alone, current_layer
+from .fused import fused_attention, is_fused, share, unshare
 from .masks import pad_mask
 from .overrides import AttributeProxy, ForwardOverride
+from .prefix_attention import prefix_attention
 from .prompt_batch import LayerPrompts, PromptBatch, batch_prompts, gather_prefixes, gather_prompts, select_by_task
 
 NAME = "vpt_peft"
@@ -85,15 +88,27 @@ class AttentionOverride:
         Raises:
             RouteError: the function ignores masks, and there is one.
         """
-        name = self.config._attn_implementation
+        name, function = self.implementation
         if mask is not None and name == "eager" and not self.eager_masks:
             raise RouteError(
                 f"Adapters with different numbers of prompts can be mixed if the attention takes masks, which that of "
                 f'{type(self.module).__name__} does not with attn_implementation="eager". Use "sdpa", or call the '
                 "model once for each adapter."
             )
-        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
         return function(self.bare_module, query, key, value, mask, **kwargs)
+
+    def is_sdpa(self, dropout: float = 0.0, is_causal: bool | None = None, position_bias: Any = None, **_: Any) -> bool:
+        """Whether :meth:`attend` is no more than ``F.scaled_dot_product_attention``, without dropout."""
+        if is_causal is None:
+            is_causal = getattr(self.module, "is_causal", True)  # as transformers
+        plain = not dropout and not is_causal and position_bias is None
+        return plain and self.implementation[1] is sdpa_attention_forward
+
+    @property
+    def implementation(self) -> tuple[str, AttentionFunction]:
+        """Name and function that the user has set."""
+        name = self.config._attn_implementation
+        return name, ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
 
 
 class SdpaOverride(ForwardOverride):
@@ -162,7 +177,8 @@ class PromptSdpa(TorchFunctionMode):
         mask = kwargs.pop("attn_mask", None)
         if kwargs.get("is_causal"):
             raise RouteError("Prompts are visible to all tokens, got is_causal=True. Leave it out.")
-        return attend(plain, query, key, value, mask, kwargs.get("scale"))[0].transpose(1, 2)
+        is_sdpa = not kwargs.get("dropout_p") and not kwargs.get("enable_gqa")
+        return attend(plain, query, key, value, mask, kwargs.get("scale"), is_sdpa)[0].transpose(1, 2)
 
 
 def prompt_attention(
@@ -170,11 +186,18 @@ def prompt_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: the one that the user has set, with prompts; see :func:`attend`."""
     override: AttentionOverride = module.config.override  # type: ignore[union-attr, assignment]
-    return attend(partial(override.attend, **kwargs), query, key, value, attention_mask, kwargs.get("scaling"))
+    function, scaling, is_sdpa = partial(override.attend, **kwargs), kwargs.get("scaling"), override.is_sdpa(**kwargs)
+    return attend(function, query, key, value, attention_mask, scaling, is_sdpa)
 
 
 def attend(
-    function: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | Tensor | None
+    function: AttentionFunction,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | Tensor | None,
+    is_sdpa: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of image tokens to image tokens and prompts.
 
@@ -183,6 +206,7 @@ def attend(
         query, key, value: of the image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
         mask: as the function takes it.
         scaling: factor of the products of queries and keys, or ``(num_heads, 1, 1)``; None: ``head_dim ** -0.5``.
+        is_sdpa: the function is ``F.scaled_dot_product_attention``, see :meth:`AttentionOverride.is_sdpa`.
 
     Returns:
         The output ``(num_images · num_windows, num_tokens, num_heads, head_dim)``, and the attention weights of the
@@ -197,7 +221,7 @@ def attend(
     context.attention_ran = True
     prompts, prefixes = gather_prompts(context), gather_prefixes(context, query.device)
     if prompts:
-        output, weights = attend_to_tokens(context, prompts, function, query, key, value, mask)
+        output, weights = attend_to_tokens(context, prompts, function, query, key, value, mask, scaling, is_sdpa)
     else:
         output, weights = function(query, key, value, mask)
     if prefixes:
@@ -213,6 +237,8 @@ def attend_to_tokens(
     key: Tensor,
     value: Tensor,
     mask: Any,
+    scaling: Any,
+    is_sdpa: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in which prompts are tokens, by either route; see :func:`attend`."""
     layer, num_images, num_tokens = context.layer, context.forward.num_images, query.shape[2]
@@ -221,10 +247,15 @@ def attend_to_tokens(
     names = "qkv" if needs_output else "kv"
     projected = dict(zip(names, project_prompts(context, names, batch, prompts), strict=True))
 
-    def append(name: str, image: Tensor) -> Tensor:
-        heads = layer.normalize(name, batch.split_heads(projected[name], image))
-        return batch.append(image, heads, num_images)
+    def split_heads(name: str, image: Tensor) -> Tensor:
+        return layer.normalize(name, batch.split_heads(projected[name], image))
 
+    def append(name: str, image: Tensor) -> Tensor:
+        return batch.append(image, split_heads(name, image), num_images)
+
+    if is_sdpa and not needs_output and batch.valid_mask is None and is_fused(query, key, value, mask):
+        heads = split_heads("k", key).to(key.dtype), split_heads("v", value).to(value.dtype)
+        return fused_attention(query, key, value, heads, mask, scaling, num_images).transpose(1, 2), None
     mask = pad_mask(mask, key, batch.num_tokens, needs_output, batch.valid_mask)
     key, value = append("k", key), append("v", value)
     if not needs_output:
@@ -304,6 +335,8 @@ def attend_to_prefixes(
     """
     batch = batch_prompts(prefixes, forward)
     key, value = (batch.split_heads(part, query) for part in batch.tokens.chunk(2, dim=-1))
+    if query.is_cuda:  # where one image after the other would keep too few cores busy
+        key, value = (part.expand(forward.num_images, -1, -1, -1) for part in (key, value))
     num_groups = query.shape[1] // key.shape[1]
     if num_groups > 1:  # several heads of queries share keys and values
         key, value = (part.repeat_interleave(num_groups, dim=1) for part in (key, value))
@@ -311,44 +344,8 @@ def attend_to_prefixes(
     if valid_mask is not None:  # images without a prefix attend to zeros
         value = value * valid_mask[:, None, :, None]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    by_image = query.transpose(1, 2).reshape(key.shape[0], -1, *query.shape[1::2]).transpose(1, 2)
-    added: Tensor = PrefixAttention.apply(by_image, key * scaling, value, valid_mask)  # type: ignore[no-untyped-call]
-    return output + added.transpose(1, 2).reshape(output.shape)
-
-
-class PrefixAttention(torch.autograd.Function):
-    """``softmax(query key^T) value``, without keeping the softmax for the backward pass, which is cheap to repeat.
-
-    The scores are laid out as ``(num_keys, num_queries)``: there are many queries and few keys, and on a CPU the
-    softmax is several times faster over the rows of a matrix than over its columns.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, valid_mask: Tensor | None) -> Tensor:
-        """
-        Args:
-            query: ``(num_images, num_heads, num_queries, head_dim)``.
-            key, value: ``(num_images, num_heads, num_keys, head_dim)``.
-            valid_mask: ``(num_images, num_keys)``, False for padding; None: there is none.
-        """
-        ctx.save_for_backward(query, key, value, valid_mask)
-        return PrefixAttention.probabilities(query, key, valid_mask).transpose(-1, -2) @ value
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, valid_mask = ctx.saved_tensors
-        probabilities = PrefixAttention.probabilities(query, key, valid_mask)
-        of_probabilities = value @ gradient.transpose(-1, -2)
-        of_scores = torch.ops.aten._softmax_backward_data(of_probabilities, probabilities, -2, probabilities.dtype)
-        return of_scores.transpose(-1, -2) @ key, of_scores @ query, probabilities @ gradient, None
-
-    @staticmethod
-    def probabilities(query: Tensor, key: Tensor, valid_mask: Tensor | None) -> Tensor:
-        """``(num_images, num_heads, num_keys, num_queries)``."""
-        scores = key @ query.transpose(-1, -2)
-        if valid_mask is not None:
-            scores = scores.masked_fill(~valid_mask[:, None, :, None], torch.finfo(scores.dtype).min)
-        return scores.softmax(-2)
+    added = prefix_attention(share(query, len(key)), key * scaling, value, valid_mask)
+    return output + unshare(added, query).transpose(1, 2)
 
 
 # At import, so that a pickled model finds the implementation when it is loaded in another process.

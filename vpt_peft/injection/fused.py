@@ -1,0 +1,203 @@
+"""Fused attention to prompts on a CPU, whose memory for the backward pass does not grow with their number.
+
+PyTorch's fused kernels keep no attention weights: ``output`` and, for each query, the logarithm ``l`` of the sum of the
+exponentials of its scores are enough for the backward pass (Dao et al., FlashAttention, 2022). What is left to grow with
+the prompts are their keys and values, copied to those of each image or window. The two ways here keep none of those
+copies, and give the same output and gradients:
+
+- joined: the keys are joined for the kernel, and once more in the backward pass.
+- apart: the image and the prompts are attended to apart and merged, with ``l_E`` and ``l_P`` of the two parts:
+
+      A = w A_E + (1 - w) A_P,   w = exp(l_E) / exp(l) = sigmoid(l_E - l_P),   l = log(exp(l_E) + exp(l_P))
+
+  No key is copied: all images, or all windows of an image, are one long batch of queries for the prompts. In the
+  backward pass, each part has the gradient of its kernel at the output and ``l`` of both.
+
+Joined is faster for few prompts, apart for many, and where each window would need a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import has_torch_function
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> bool:
+    """Whether ``F.scaled_dot_product_attention`` would call the CPU's fused kernel, and nobody watches that call.
+
+    A graph that is exported keeps to what other runtimes know.
+    """
+    return (
+        query.device.type == "cpu"
+        and query.dtype in DTYPES
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[1] == key.shape[1]
+        and all(part.stride(-1) == 1 for part in (query, key, value))
+        and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4 and not mask.requires_grad))
+        and (not torch.is_autocast_enabled("cpu") or query.dtype == torch.get_autocast_dtype("cpu"))
+        and _is_enabled()
+        and not torch.compiler.is_exporting()
+        and not has_torch_function((query, key, value))
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_enabled() -> bool:
+    """Whether the user allows fused kernels; the setting is that of all devices, despite its name."""
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    scale: float | None,
+    num_images: int,
+) -> Tensor:
+    """``softmax(scale · query [key, prompt_key]^T + mask) [value, prompt_value]``, if :func:`is_fused`.
+
+    Args:
+        query, key, value: of the image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
+        prompts: keys and values, each ``(1 or num_images, num_heads, p, head_dim)``, seen by all tokens of an image.
+        mask: ``(..., num_tokens, num_tokens)``, boolean, True where visible, or additive.
+        scale: None: ``head_dim ** -0.5``.
+
+    Returns:
+        ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
+    """
+    if mask is not None and mask.dtype != query.dtype:
+        mask = make_additive(mask, query.dtype)
+    apart = len(key) != num_images or prompts[0].shape[2] >= key.shape[2]
+    function = ApartAttention if apart else JoinedAttention
+    output: Tensor = function.apply(query, key, value, *prompts, mask, scale)  # type: ignore[no-untyped-call]
+    return output
+
+
+def make_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention mask, boolean or additive, as an additive one."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+class JoinedAttention(torch.autograd.Function):
+    """Attention to the joined keys of the image and the prompts. The backward pass joins them again.
+
+    Like :class:`ApartAttention`, it has no second derivative, and says so.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt_key: Tensor,
+        prompt_value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """See :func:`fused_attention`; the mask is additive."""
+        keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
+        output, total = attention(query, keys, values, attn_mask=padded, scale=scale)
+        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, total)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, prompt_key, prompt_value, mask, output, total = ctx.saved_tensors
+        keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
+        of_query, *of_joined = attention_backward(
+            gradient, query, keys, values, output, total, 0.0, False, attn_mask=padded, scale=ctx.scale
+        )
+        sizes = [key.shape[2], prompt_key.shape[2]]
+        (of_key, of_prompt_key), (of_value, of_prompt_value) = (part.split(sizes, dim=2) for part in of_joined)
+        if len(prompt_key) < len(key):
+            of_prompt_key, of_prompt_value = (part.sum(0, keepdim=True) for part in (of_prompt_key, of_prompt_value))
+        return of_query, of_key, of_value, of_prompt_key, of_prompt_value, None, None
+
+
+class ApartAttention(torch.autograd.Function):
+    """Attention to the image and to the prompts apart, merged; see :mod:`.fused`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt_key: Tensor,
+        prompt_value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """See :func:`fused_attention`; the mask is additive."""
+        of_image, of_prompts = (
+            attention(query, key, value, attn_mask=mask, scale=scale),
+            attention(share(query, len(prompt_key)), prompt_key, prompt_value, scale=scale),
+        )
+        (output, total), (added, total_added) = of_image, (unshare(part, query) for part in of_prompts)
+        weight = torch.sigmoid(total - total_added).unsqueeze(-1)
+        output = torch.lerp(added, output, weight.to(output.dtype))
+        total = torch.logaddexp(total, total_added)
+        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, total)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, prompt_key, prompt_value, mask, output, total = ctx.saved_tensors
+        of_query, of_key, of_value = attention_backward(
+            gradient, query, key, value, output, total, 0.0, False, attn_mask=mask, scale=ctx.scale
+        )
+        gradient, shared, output, total = (share(part, len(prompt_key)) for part in (gradient, query, output, total))
+        added, of_prompt_key, of_prompt_value = attention_backward(
+            gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, scale=ctx.scale
+        )
+        return of_query + unshare(added, query), of_key, of_value, of_prompt_key, of_prompt_value, None, None
+
+
+def share(part: Tensor, num_groups: int) -> Tensor:
+    """Queries, or what belongs to each query, in groups of rows that see the same keys, as one long row each.
+
+    Args:
+        part: ``(num_rows, num_heads, num_tokens, ...)``.
+
+    Returns:
+        ``(num_groups, num_heads, num_rows / num_groups · num_tokens, ...)``, without a copy where ``part`` is a
+        transposed output of a linear layer.
+    """
+    tokens_first = part.transpose(1, 2)
+    return tokens_first.reshape(num_groups, -1, *tokens_first.shape[2:]).transpose(1, 2)
+
+
+def unshare(part: Tensor, query: Tensor) -> Tensor:
+    """The reverse of :func:`share`, for queries ``(num_rows, num_heads, num_tokens, head_dim)``."""
+    tokens_first = part.transpose(1, 2)
+    return tokens_first.reshape(len(query), -1, *tokens_first.shape[2:]).transpose(1, 2)
+
+
+def _join(
+    key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys and values of image and prompts, and the mask for both."""
+    keys, values = (
+        torch.cat([image, prompts.expand(len(image), -1, -1, -1)], dim=2)
+        for image, prompts in ((key, prompt_key), (value, prompt_value))
+    )
+    return keys, values, None if mask is None else nn.functional.pad(mask, (0, prompt_key.shape[2]))
