@@ -81,15 +81,14 @@ class AttentionOverride:
         self.module.config = self.config
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+        self, function: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attention without prompts, by the function that the user has set.
 
         Raises:
             RouteError: the function ignores masks, and there is one.
         """
-        name, function = self.implementation
-        if mask is not None and name == "eager" and not self.eager_masks:
+        if mask is not None and function is self.eager and not self.eager_masks:
             raise RouteError(
                 f"Adapters with different numbers of prompts can be mixed if the attention takes masks, which that of "
                 f'{type(self.module).__name__} does not with attn_implementation="eager". Use "sdpa", or call the '
@@ -97,18 +96,21 @@ class AttentionOverride:
             )
         return function(self.bare_module, query, key, value, mask, **kwargs)
 
-    def is_sdpa(self, dropout: float = 0.0, is_causal: bool | None = None, position_bias: Any = None, **_: Any) -> bool:
-        """Whether :meth:`attend` is no more than ``F.scaled_dot_product_attention``, without dropout."""
+    @property
+    def function(self) -> AttentionFunction:
+        """The function that the user has set."""
+        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager
+        )
+        return function
+
+    def is_plain(
+        self, dropout: float = 0.0, is_causal: bool | None = None, position_bias: Any = None, **_: Any
+    ) -> bool:
+        """Whether the arguments of a function of transformers make it a plain attention, without dropout."""
         if is_causal is None:
             is_causal = getattr(self.module, "is_causal", True)  # as transformers
-        plain = not dropout and not is_causal and position_bias is None
-        return plain and self.implementation[1] is sdpa_attention_forward
-
-    @property
-    def implementation(self) -> tuple[str, AttentionFunction]:
-        """Name and function that the user has set."""
-        name = self.config._attn_implementation
-        return name, ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
+        return not dropout and not is_causal and position_bias is None
 
 
 class SdpaOverride(ForwardOverride):
@@ -148,7 +150,7 @@ class StepwiseOverride(ForwardOverride):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = current_layer()
-        if context is None or not context.forward.has_prompts(context.layer.index):
+        if context is None or not context.has_prompts:
             return self.forward(*args, **kwargs)
         return self.declared_forward(self.module, attend, *args, **kwargs)
 
@@ -186,8 +188,10 @@ def prompt_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: the one that the user has set, with prompts; see :func:`attend`."""
     override: AttentionOverride = module.config.override  # type: ignore[union-attr, assignment]
-    function, scaling, is_sdpa = partial(override.attend, **kwargs), kwargs.get("scaling"), override.is_sdpa(**kwargs)
-    return attend(function, query, key, value, attention_mask, scaling, is_sdpa)
+    function = override.function
+    is_sdpa = function is sdpa_attention_forward and override.is_plain(**kwargs)
+    bare = partial(override.attend, function, **kwargs)
+    return attend(bare, query, key, value, attention_mask, kwargs.get("scaling"), is_sdpa)
 
 
 def attend(
@@ -206,7 +210,7 @@ def attend(
         query, key, value: of the image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
         mask: as the function takes it.
         scaling: factor of the products of queries and keys, or ``(num_heads, 1, 1)``; None: ``head_dim ** -0.5``.
-        is_sdpa: the function is ``F.scaled_dot_product_attention``, see :meth:`AttentionOverride.is_sdpa`.
+        is_sdpa: the function is ``F.scaled_dot_product_attention``, without dropout.
 
     Returns:
         The output ``(num_images · num_windows, num_tokens, num_heads, head_dim)``, and the attention weights of the
@@ -215,7 +219,7 @@ def attend(
     context = current_layer()
     # Swin on an image smaller than its window: the backbone's own code raises the error
     fits = not isinstance(mask, Tensor) or mask.shape[-1] == query.shape[2]
-    if context is None or not fits or not context.forward.has_prompts(context.layer.index):
+    if context is None or not fits or not context.has_prompts:
         return function(query, key, value, mask)
 
     context.attention_ran = True
@@ -243,25 +247,21 @@ def attend_to_tokens(
     """Attention in which prompts are tokens, by either route; see :func:`attend`."""
     layer, num_images, num_tokens = context.layer, context.forward.num_images, query.shape[2]
     batch = batch_prompts(prompts, context.forward)
-    needs_output = any(own.needs_output for own in prompts)
-    names = "qkv" if needs_output else "kv"
-    projected = dict(zip(names, project_prompts(context, names, batch, prompts), strict=True))
-
-    def split_heads(name: str, image: Tensor) -> Tensor:
-        return layer.normalize(name, batch.split_heads(projected[name], image))
-
-    def append(name: str, image: Tensor) -> Tensor:
-        return batch.append(image, split_heads(name, image), num_images)
-
+    needs_output = any([own.needs_output for own in prompts])
+    names = "kvq" if needs_output else "kv"
+    heads = [
+        layer.normalize(name, batch.split_heads(part, key)).to(key.dtype)
+        for name, part in zip(names, project_prompts(context, names, batch, prompts), strict=True)
+    ]
     if is_sdpa and not needs_output and batch.valid_mask is None and is_fused(query, key, value, mask):
-        heads = split_heads("k", key).to(key.dtype), split_heads("v", value).to(value.dtype)
-        return fused_attention(query, key, value, heads, mask, scaling, num_images).transpose(1, 2), None
+        return fused_attention(query, key, value, *heads, mask, scaling, num_images).transpose(1, 2), None
+
     mask = pad_mask(mask, key, batch.num_tokens, needs_output, batch.valid_mask)
-    key, value = append("k", key), append("v", value)
+    key, value = batch.append(key, heads[0], num_images), batch.append(value, heads[1], num_images)
     if not needs_output:
         return function(query, key, value, mask)
 
-    output, weights = function(append("q", query), key, value, mask)
+    output, weights = function(batch.append(query, heads[2], num_images), key, value, mask)
     prompt_output = output[:, num_tokens:].flatten(2).unflatten(0, (num_images, -1)).mean(1)
     finish_prompts(context, prompts, prompt_output)
     return output[:, :num_tokens], weights if weights is None else weights[:, :, :num_tokens]

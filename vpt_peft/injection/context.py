@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class ForwardContext:
         pooler_output: its pooled output, ``(num_images, width)``, likewise; None if it has none.
         token_mask: ``(num_images, num_tokens)``, 0 for padded tokens; None: there are none.
         cached: features in place of pixels; None: there are none.
+        mixes_biases: images of a mixed batch have different biases.
+        prompt_tables: which prompts each image of a mixed batch attends to, see :func:`~.prompt_batch.batch_prompts`.
     """
 
     backbone: Backbone
@@ -87,20 +89,22 @@ class ForwardContext:
     pooler_output: Tensor | None = None
     token_mask: Tensor | None = None
     cached: CachedInput | None = None
+    mixes_biases: bool = field(init=False)
+    prompt_tables: dict[Any, Any] = field(init=False, default_factory=dict)
 
-    def has_prompts(self, layer: int) -> bool:
-        """Whether any image has prompts in a layer."""
-        return any(batch.plan(layer) is not None for batch in self.batches)
+    def __post_init__(self) -> None:
+        self.mixes_biases = len(self.batches) > 1 and any(
+            batch.adapter is not None and batch.adapter.bias.paths for batch in self.batches
+        )
+
+    def plans(self, layer: int) -> list[LayerPlan | None]:
+        """The plans of a layer, one for each adapter."""
+        return [batch.plan(layer) for batch in self.batches]
 
     @property
     def pools_tokens(self) -> bool:
         """Whether a head reads tokens by the pooling of its adapter."""
         return any(batch.pooling != "default" for batch in self.batches)
-
-    @property
-    def mixes_biases(self) -> bool:
-        """Whether images of a mixed batch have different biases."""
-        return len(self.batches) > 1 and any(batch.adapter and batch.adapter.bias.paths for batch in self.batches)
 
     @property
     def batch_of_image(self) -> list[int] | Tensor:
@@ -109,11 +113,6 @@ class ForwardContext:
             return self.tasks
         part = {row: index for index, batch in enumerate(self.batches) for row in batch.rows or ()}
         return [part[row] for row in range(self.num_images)]
-
-    def attends_to_prompts(self, layer: int) -> bool:
-        """Whether the attention of a layer must see prompts: those that are not added to the layer's tokens."""
-        plans = [batch.plan(layer) for batch in self.batches]
-        return any(plan is not None and plan.route != "add" for plan in plans)
 
     def count_images(self, batch: AdapterBatch) -> int:
         """Number of images of an adapter."""
@@ -125,6 +124,7 @@ class LayerContext:
     """One layer of a forward pass.
 
     Attributes:
+        plans: for each adapter's batch, its plan of this layer; None: it has no prompts here.
         prompts_in: outputs of the previous layer's prompts, for each adapter's batch.
         prompts_out: outputs of this layer's prompts, likewise; written by the attention.
         attention_ran: the attention has seen the prompts.
@@ -132,9 +132,19 @@ class LayerContext:
 
     forward: ForwardContext
     layer: Layer
+    plans: Sequence[LayerPlan | None]
     prompts_in: Sequence[Tensor | None]
     prompts_out: list[Tensor | None]
     attention_ran: bool = False
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether any image has prompts in this layer."""
+        return any(self.plans)
+
+    def has_route(self, *routes: str) -> bool:
+        """Whether any image has prompts in this layer that are computed in one of these ways."""
+        return any([plan is not None and plan.route in routes for plan in self.plans])
 
 
 class _Current(threading.local):

@@ -61,7 +61,8 @@ def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prompts: tuple[Tensor, Tensor],
+    prompt_key: Tensor,
+    prompt_value: Tensor,
     mask: Tensor | None,
     scale: float | None,
     num_images: int,
@@ -70,7 +71,7 @@ def fused_attention(
 
     Args:
         query, key, value: of the image tokens, ``(num_images · num_windows, num_heads, num_tokens, head_dim)``.
-        prompts: keys and values, each ``(1 or num_images, num_heads, p, head_dim)``, seen by all tokens of an image.
+        prompt_key, prompt_value: ``(1 or num_images, num_heads, p, head_dim)``, seen by all tokens of an image.
         mask: ``(..., num_tokens, num_tokens)``, boolean, True where visible, or additive.
         scale: None: ``head_dim ** -0.5``.
 
@@ -79,10 +80,13 @@ def fused_attention(
     """
     if mask is not None and mask.dtype != query.dtype:
         mask = make_additive(mask, query.dtype)
-    apart = len(key) != num_images or prompts[0].shape[2] >= key.shape[2]
-    function = ApartAttention if apart else JoinedAttention
-    output: Tensor = function.apply(query, key, value, *prompts, mask, scale)  # type: ignore[no-untyped-call]
-    return output
+    apart = key.shape[0] != num_images or prompt_key.shape[2] >= key.shape[2]
+    inputs = query, key, value, prompt_key, prompt_value, mask, scale
+    if torch.is_grad_enabled():
+        function = ApartAttention if apart else JoinedAttention
+        output: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+        return output
+    return (attend_apart if apart else attend_jointly)(*inputs)[0]
 
 
 def make_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,8 +96,40 @@ def make_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+def attend_jointly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and ``l`` of :func:`fused_attention`, with joined keys; the mask is additive."""
+    keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
+    output, total = attention(query, keys, values, attn_mask=padded, scale=scale)
+    return output, total
+
+
+def attend_apart(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and ``l`` of :func:`fused_attention`, merged from two parts; the mask is additive."""
+    output, total = attention(query, key, value, attn_mask=mask, scale=scale)
+    of_prompts = attention(share(query, prompt_key.shape[0]), prompt_key, prompt_value, scale=scale)
+    added, total_added = (unshare(part, query) for part in of_prompts)
+    weight = torch.sigmoid(total - total_added).unsqueeze(-1)
+    return torch.lerp(added, output, weight.to(output.dtype)), torch.logaddexp(total, total_added)
+
+
 class JoinedAttention(torch.autograd.Function):
-    """Attention to the joined keys of the image and the prompts. The backward pass joins them again.
+    """:func:`attend_jointly`. The backward pass joins the keys again.
 
     Like :class:`ApartAttention`, it has no second derivative, and says so.
     """
@@ -109,9 +145,7 @@ class JoinedAttention(torch.autograd.Function):
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
-        """See :func:`fused_attention`; the mask is additive."""
-        keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
-        output, total = attention(query, keys, values, attn_mask=padded, scale=scale)
+        output, total = attend_jointly(query, key, value, prompt_key, prompt_value, mask, scale)
         ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, total)
         ctx.scale = scale
         return output
@@ -132,7 +166,7 @@ class JoinedAttention(torch.autograd.Function):
 
 
 class ApartAttention(torch.autograd.Function):
-    """Attention to the image and to the prompts apart, merged; see :mod:`.fused`."""
+    """:func:`attend_apart`. In the backward pass, each kernel is given the output and ``l`` of both."""
 
     @staticmethod
     def forward(
@@ -145,15 +179,7 @@ class ApartAttention(torch.autograd.Function):
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
-        """See :func:`fused_attention`; the mask is additive."""
-        of_image, of_prompts = (
-            attention(query, key, value, attn_mask=mask, scale=scale),
-            attention(share(query, len(prompt_key)), prompt_key, prompt_value, scale=scale),
-        )
-        (output, total), (added, total_added) = of_image, (unshare(part, query) for part in of_prompts)
-        weight = torch.sigmoid(total - total_added).unsqueeze(-1)
-        output = torch.lerp(added, output, weight.to(output.dtype))
-        total = torch.logaddexp(total, total_added)
+        output, total = attend_apart(query, key, value, prompt_key, prompt_value, mask, scale)
         ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, total)
         ctx.scale = scale
         return output
@@ -196,8 +222,8 @@ def _join(
     key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The keys and values of image and prompts, and the mask for both."""
-    keys, values = (
-        torch.cat([image, prompts.expand(len(image), -1, -1, -1)], dim=2)
-        for image, prompts in ((key, prompt_key), (value, prompt_value))
-    )
+    num_rows = key.shape[0]
+    if prompt_key.shape[0] != num_rows:
+        prompt_key, prompt_value = (part.expand(num_rows, -1, -1, -1) for part in (prompt_key, prompt_value))
+    keys, values = torch.cat((key, prompt_key), dim=2), torch.cat((value, prompt_value), dim=2)
     return keys, values, None if mask is None else nn.functional.pad(mask, (0, prompt_key.shape[2]))

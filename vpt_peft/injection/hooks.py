@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from ..adapter import LayerPlan
 from ..backbones import Backbone, Layer
 from ..errors import RouteError
 from .context import ForwardContext, LayerContext, activate, activate_alone, current_forward
@@ -35,24 +36,31 @@ class LayerHook(ForwardOverride):
                 with activate(None):
                     return forward.cached.skip(self.layer.index, self._layer_forward, *args, **kwargs)
             args = forward.cached.enter_layer(self.layer.index, args)
-        run: Callable[..., Any] = partial(self._run, forward, **kwargs)
+        plans = forward.plans(self.layer.index)
+        run: Callable[..., Any] = partial(self._run, forward, plans, **kwargs)
         if forward.training and getattr(self._checkpointed, "gradient_checkpointing", False):
             run = partial(self._checkpoint, run)
-        output, prompts_out = run(tuple(batch.prompts for batch in forward.batches), *args)
+        output, prompts_out = run([batch.prompts for batch in forward.batches], *args)
         for batch, prompts in zip(forward.batches, prompts_out, strict=True):
             batch.prompts = prompts
-        forward.layers_reached += forward.has_prompts(self.layer.index)
+        forward.layers_reached += any(plans)
         return output
 
     def _run(
-        self, forward: ForwardContext, prompts_in: Sequence[Tensor | None], *args: Any, **kwargs: Any
+        self,
+        forward: ForwardContext,
+        plans: Sequence[LayerPlan | None],
+        prompts_in: Sequence[Tensor | None],
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Runs the layer. Everything that a recomputation in the backward pass needs is an argument."""
-        context = LayerContext(forward, self.layer, prompts_in, [None] * len(prompts_in))
-        args = add_to_tokens(context, *args)
+        context = LayerContext(forward, self.layer, plans, prompts_in, [None] * len(prompts_in))
+        if context.has_route("add"):
+            args = add_to_tokens(context, *args)
         with activate(context):
             output = self._layer_forward(*args, **kwargs)
-        if forward.attends_to_prompts(self.layer.index) and not context.attention_ran:
+        if not context.attention_ran and context.has_route("key_value", "tokens", "prefix"):
             raise RouteError(
                 f"Prompts did not reach the attention of layer {self.layer.index} "
                 f"({type(self.layer.part('attention')).__name__}): the output would be the bare backbone's. "

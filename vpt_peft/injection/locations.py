@@ -30,8 +30,7 @@ def add_to_tokens(context: LayerContext, *args: Any) -> tuple[Any, ...]:
         RouteError: the layer has another number of tokens than there are prompts.
     """
     forward, layer = context.forward, context.layer
-    for batch in forward.batches:
-        plan = batch.plan(layer.index)
+    for batch, plan in zip(forward.batches, context.plans, strict=True):
         if batch.adapter is not None and plan is not None and plan.route == "add":
             prompts = batch.adapter.fresh_prompts(layer.index, forward.count_images(batch), forward.backbone)
             number = None if batch.adapter.config.location == "add-shared" else prompts.shape[1]

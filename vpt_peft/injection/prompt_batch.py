@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .context import AdapterBatch, ForwardContext, LayerContext, activate_alone
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LayerPrompts:
     """The prompts of one adapter in one layer.
 
@@ -30,7 +31,7 @@ class LayerPrompts:
     needs_output: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PromptBatch:
     """The prompts of all adapters in one layer, and which of them each image attends to.
 
@@ -79,7 +80,7 @@ class PromptBatch:
         Returns:
             ``(1 or num_images, num_heads, p, head_dim)``.
         """
-        heads = prompts.to(image.dtype).unflatten(-1, (-1, image.shape[-1])).transpose(1, 2)
+        heads = prompts.to(image.dtype).view(*prompts.shape[:2], -1, image.shape[-1]).transpose(1, 2)
         return heads if self.prompt_index is None else heads[0][:, self.prompt_index].transpose(0, 1)
 
 
@@ -87,8 +88,7 @@ def gather_prefixes(context: LayerContext, device: torch.device) -> list[LayerPr
     """The prefixes that the adapters have in a layer, on its device."""
     gathered = []
     layer, forward = context.layer.index, context.forward
-    for index, batch in enumerate(forward.batches):
-        plan = batch.plan(layer)
+    for index, (batch, plan) in enumerate(zip(forward.batches, context.plans, strict=True)):
         if plan is not None and plan.route == "prefix" and batch.adapter is not None:
             prefix = batch.adapter.fresh_prefix(layer, forward.count_images(batch)).to(device)
             gathered.append(LayerPrompts(index, batch, prefix, fresh=True, needs_output=False))
@@ -99,13 +99,13 @@ def gather_prompts(context: LayerContext) -> list[LayerPrompts]:
     """The prompts that the adapters have as tokens of a layer."""
     gathered = []
     layer, forward = context.layer, context.forward
-    for index, (batch, prompts_in) in enumerate(zip(forward.batches, context.prompts_in, strict=True)):
-        plan = batch.plan(layer.index)
+    for index, (batch, plan) in enumerate(zip(forward.batches, context.plans, strict=True)):
         if plan is None or plan.route in ("add", "prefix") or batch.adapter is None:
             continue
-        tokens = prompts_in
+        tokens = context.prompts_in[index]
         if plan.fresh:
-            with activate_alone(forward, batch):  # pixels go through the patch embedding
+            is_pixel = batch.adapter.config.location == "pixel"
+            with activate_alone(forward, batch) if is_pixel else nullcontext():  # through the patch embedding
                 tokens = batch.adapter.fresh_prompts(layer.index, forward.count_images(batch), forward.backbone)
         assert tokens is not None  # the plan carries prompts only out of layers that have them
         gathered.append(LayerPrompts(index, batch, layer.to_layer(tokens), plan.fresh, plan.route == "tokens"))
@@ -123,6 +123,17 @@ def batch_prompts(prompts: Sequence[LayerPrompts], forward: ForwardContext) -> P
         return PromptBatch(tokens, valid_mask=valid_mask)
     if first.batch.rows is None:
         return PromptBatch(first.tokens)
+    shapes = tuple((own.index, *own.tokens.shape[:2]) for own in prompts)
+    tables = forward.prompt_tables.get(shapes)
+    if tables is None:
+        tables = _make_tables(prompts, num_images)
+        if not torch.compiler.is_compiling():  # the same in all layers
+            forward.prompt_tables[shapes] = tables
+    return PromptBatch(torch.cat([own.tokens.flatten(0, 1) for own in prompts]).unsqueeze(0), *tables)
+
+
+def _make_tables(prompts: Sequence[LayerPrompts], num_images: int) -> tuple[Tensor, Tensor | None]:
+    """``prompt_index`` and ``valid_mask`` of a :class:`PromptBatch`."""
     longest = max(own.tokens.shape[1] for own in prompts)
     index = [[0] * longest for _ in range(num_images)]
     valid = [[False] * longest for _ in range(num_images)]
@@ -134,12 +145,9 @@ def batch_prompts(prompts: Sequence[LayerPrompts], forward: ForwardContext) -> P
             index[row][:length] = range(start, start + length)
             valid[row][:length] = [True] * length
         total += copies * length
-    device = first.tokens.device
-    return PromptBatch(
-        torch.cat([own.tokens.flatten(0, 1) for own in prompts]).unsqueeze(0),
-        torch.tensor(index, device=device),
-        None if all(map(all, valid)) else torch.tensor(valid, device=device),
-    )
+    device = prompts[0].tokens.device
+    valid_mask = None if all(map(all, valid)) else torch.tensor(valid, device=device)
+    return torch.tensor(index, device=device), valid_mask
 
 
 def select_by_task(parts: Mapping[int, Tensor], forward: ForwardContext) -> Tensor:

@@ -346,7 +346,7 @@ class VPTModel(PreTrainedAdapterModel):
         return ForwardContext(self.backbone, num_images, batches, self.training)
 
     def _check_layers_reached(self, context: ForwardContext) -> None:
-        expected = sum(context.has_prompts(layer.index) for layer in self.backbone.layers)
+        expected = sum(any(context.plans(layer.index)) for layer in self.backbone.layers)
         if context.layers_reached != expected:
             raise RouteError(
                 f"Prompts must reach {expected} layers, but reached {context.layers_reached}: the backbone skipped "
