@@ -262,7 +262,9 @@ def attend_to_tokens(
         return function(query, key, value, mask)
 
     output, weights = function(batch.append(query, heads[2], num_images), key, value, mask)
-    prompt_output = output[:, num_tokens:].flatten(2).unflatten(0, (num_images, -1)).mean(1)
+    prompt_output = output[:, num_tokens:].flatten(2)
+    if prompt_output.shape[0] != num_images:  # the mean over the windows of an image
+        prompt_output = prompt_output.unflatten(0, (num_images, -1)).mean(1)
     finish_prompts(context, prompts, prompt_output)
     return output[:, :num_tokens], weights if weights is None else weights[:, :, :num_tokens]
 

@@ -1,9 +1,9 @@
 """Fused attention to prompts on a CPU, whose memory for the backward pass does not grow with their number.
 
 PyTorch's fused kernels keep no attention weights: ``output`` and, for each query, the logarithm ``l`` of the sum of the
-exponentials of its scores are enough for the backward pass (Dao et al., FlashAttention, 2022). What is left to grow with
-the prompts are their keys and values, copied to those of each image or window. The two ways here keep none of those
-copies, and give the same output and gradients:
+exponentials of its scores are enough for the backward pass (Dao et al., FlashAttention, 2022). What is left to grow
+with the prompts are their keys and values, copied to those of each image or window. The two ways here keep none of
+those copies, and give the same output and gradients:
 
 - joined: the keys are joined for the kernel, and once more in the backward pass.
 - apart: the image and the prompts are attended to apart and merged, with ``l_E`` and ``l_P`` of the two parts:
@@ -42,7 +42,7 @@ def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> boo
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1]
         and query.shape[1] == key.shape[1]
-        and all(part.stride(-1) == 1 for part in (query, key, value))
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4 and not mask.requires_grad))
         and (not torch.is_autocast_enabled("cpu") or query.dtype == torch.get_autocast_dtype("cpu"))
         and _is_enabled()

@@ -37,10 +37,12 @@ class LayerHook(ForwardOverride):
                     return forward.cached.skip(self.layer.index, self._layer_forward, *args, **kwargs)
             args = forward.cached.enter_layer(self.layer.index, args)
         plans = forward.plans(self.layer.index)
-        run: Callable[..., Any] = partial(self._run, forward, plans, **kwargs)
+        prompts_in = [batch.prompts for batch in forward.batches]
         if forward.training and getattr(self._checkpointed, "gradient_checkpointing", False):
-            run = partial(self._checkpoint, run)
-        output, prompts_out = run([batch.prompts for batch in forward.batches], *args)
+            run = partial(self._run, forward, plans, **kwargs)
+            output, prompts_out = self._checkpoint(run, prompts_in, *args)
+        else:
+            output, prompts_out = self._run(forward, plans, prompts_in, *args, **kwargs)
         for batch, prompts in zip(forward.batches, prompts_out, strict=True):
             batch.prompts = prompts
         forward.layers_reached += any(plans)

@@ -80,8 +80,10 @@ class PromptBatch:
         Returns:
             ``(1 or num_images, num_heads, p, head_dim)``.
         """
-        heads = prompts.to(image.dtype).view(*prompts.shape[:2], -1, image.shape[-1]).transpose(1, 2)
-        return heads if self.prompt_index is None else heads[0][:, self.prompt_index].transpose(0, 1)
+        if self.prompt_index is not None:
+            prompts = prompts[0].index_select(0, self.prompt_index.flatten()).view(*self.prompt_index.shape, -1)
+        num_images, num_tokens, _ = prompts.shape
+        return prompts.to(image.dtype).view(num_images, num_tokens, -1, image.shape[-1]).transpose(1, 2)
 
 
 def gather_prefixes(context: LayerContext, device: torch.device) -> list[LayerPrompts]:
