@@ -38,10 +38,14 @@ def inputs(windows: int, prompts: int, groups: int, dtype: torch.dtype = torch.f
     return image + [rand(groups, HEADS, prompts, DIM, dtype=dtype) for _ in range(2)]
 
 
-def written_out(
-    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, mask: Any, scale: float
-) -> Tensor:
+def attend(leaves: list[Tensor], mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    query, key, value, prompt_key, prompt_value = leaves
+    return fused_attention(query, key, value, prompt_key, prompt_value, mask, scale, IMAGES)
+
+
+def written_out(leaves: list[Tensor], mask: Tensor | None = None, scale: float = DIM**-0.5) -> Tensor:
     """The softmax over all keys, step by step."""
+    query, key, value, prompt_key, prompt_value = leaves
     copies = len(key) // len(prompt_key)
     keys, values = (
         torch.cat([image, prompts.repeat_interleave(copies, 0)], 2)
@@ -62,10 +66,9 @@ def test_output_and_gradients_are_those_of_one_softmax_over_all_keys(
 ) -> None:
     torch.manual_seed(0)
     leaves, own_mask = inputs(windows, prompts, groups), mask(IMAGES * windows)
-    query, key, value, *pair = leaves
-    assert is_fused(query, key, value, own_mask)
-    ours = fused_attention(query, key, value, pair[0], pair[1], own_mask, 0.7, IMAGES)
-    theirs = written_out(query, key, value, pair[0], pair[1], own_mask, 0.7)
+    assert is_fused(leaves[0], leaves[1], leaves[2], own_mask)
+    ours = attend(leaves, own_mask, 0.7)
+    theirs = written_out(leaves, own_mask, 0.7)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
     weights = torch.randn(ours.transpose(1, 2).shape, dtype=torch.float64).transpose(1, 2)
     for own, other in zip(
@@ -82,9 +85,9 @@ def test_gradients_of_some_inputs_alone(prompts: int, trained: list[int]) -> Non
     torch.manual_seed(0)
     leaves = inputs(1, prompts, 1)
     ours = [leaf.detach().requires_grad_(index in trained) for index, leaf in enumerate(leaves)]
-    output = fused_attention(*ours, None, None, IMAGES)
+    output = attend(ours)
     output.square().sum().backward()
-    written_out(*leaves, None, DIM**-0.5).square().sum().backward()
+    written_out(leaves).square().sum().backward()
     for index, (own, other) in enumerate(zip(ours, leaves, strict=True)):
         if index in trained:
             torch.testing.assert_close(own.grad, other.grad, atol=1e-12, rtol=0)
@@ -95,7 +98,7 @@ def test_gradients_of_some_inputs_alone(prompts: int, trained: list[int]) -> Non
 @pytest.mark.parametrize("prompts", [2, 20])
 def test_a_second_derivative_is_refused(prompts: int) -> None:
     leaves = inputs(1, prompts, 1)
-    output = fused_attention(*leaves, None, None, IMAGES)
+    output = attend(leaves)
     (first,) = torch.autograd.grad(output.square().sum(), leaves[3], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -107,8 +110,8 @@ def test_half_precision(prompts: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     leaves = inputs(4, prompts, 1, dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    ours = fused_attention(*leaves, None, 0.5, IMAGES)
-    theirs = written_out(*exact, None, 0.5)
+    ours = attend(leaves, None, 0.5)
+    theirs = written_out(exact, None, 0.5)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), theirs, atol=0.03, rtol=0)
     weights = torch.randn(ours.shape)
@@ -259,7 +262,7 @@ def test_saved_bytes_do_not_grow_with_copies_of_the_prompts(tiny: Tiny, kind: st
 def test_every_way_to_attend_to_a_prefix_gives_the_same_output_and_gradients(length: int, padded: bool) -> None:
     """The first way is that of a GPU."""
     torch.manual_seed(0)
-    leaves = [rand(IMAGES, HEADS, number, DIM) for number in (TOKENS, length, length)]
+    leaves = query, key, value = [rand(IMAGES, HEADS, number, DIM) for number in (TOKENS, length, length)]
     valid_mask = torch.ones(IMAGES, length, dtype=torch.bool)
     valid_mask[1, 3:] = False
     mask = valid_mask if padded else None
@@ -268,7 +271,7 @@ def test_every_way_to_attend_to_a_prefix_gives_the_same_output_and_gradients(len
     for way in (sdpa, PrefixAttention.apply):
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             with sdpa_kernel(backend):
-                output = way(*leaves, mask)
+                output = way(query, key, value, mask)
                 results.append((output, *torch.autograd.grad(output, leaves, weights)))
     for result in results[1:]:
         for own, other in zip(result, results[0], strict=True):

@@ -254,7 +254,8 @@ def attend_to_tokens(
         for name, part in zip(names, project_prompts(context, names, batch, prompts), strict=True)
     ]
     if is_sdpa and not needs_output and batch.valid_mask is None and is_fused(query, key, value, mask):
-        return fused_attention(query, key, value, *heads, mask, scaling, num_images).transpose(1, 2), None
+        output = fused_attention(query, key, value, heads[0], heads[1], mask, scaling, num_images)
+        return output.transpose(1, 2), None
 
     mask = pad_mask(mask, key, batch.num_tokens, needs_output, batch.valid_mask)
     key, value = batch.append(key, heads[0], num_images), batch.append(value, heads[1], num_images)
