@@ -151,7 +151,11 @@ def test_without_an_image_or_a_task_the_page_says_what_to_do(save: Save, photo: 
         ("text.png", lambda file: file.write_text("no image"), "text.png cannot be read as an image. Choose a file of"),
         ("cut.png", lambda file: file.write_bytes(file.with_name("photo.png").read_bytes()[:200]), "cut.png cannot be"),
         ("a.eps", lambda file: Image.new("RGB", (4, 4)).save(file), "a.eps cannot be read as an image"),
-        ("deep.png", lambda file: Image.new("I;16", (9, 9)).save(file), "deep.png cannot be used: images must have 8 bits per channel, got mode I;16"),
+        (
+            "deep.png",
+            lambda file: Image.new("I;16", (9, 9)).save(file),
+            "deep.png cannot be used: images must have 8 bits per channel, got mode I;16",
+        ),
     ],
 )
 def test_images_that_cannot_be_used_are_told_in_a_sentence(

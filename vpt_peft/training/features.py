@@ -24,7 +24,7 @@ from ..errors import AdapterError, CheckpointError, UnsupportedModelError, safe_
 from ..injection import FeatureEntry
 from ..model import VPTModel
 from ..model.cached_features import check_eval_mode, describe_entry, find_entry_layer
-from ..model.initialisation import evaluating
+from ..model.modes import evaluating
 from .draws import Draw, Draws, as_bytes
 from .feature_folder import DIGEST, FEATURES, CachedFeatures, FeatureFolder, locked
 
