@@ -40,8 +40,8 @@ from torch.utils.data import Dataset, default_collate
 from vpt_peft import VPTModel, get_vpt_model
 from vpt_peft.recipes.errors import RecipeError
 from vpt_peft.recipes.report.tables import table
+from vpt_peft.recipes.runtime import silence_transformers
 from vpt_peft.recipes.training.methods import METHODS, Method
-from vpt_peft.recipes.training.models import silence_transformers
 from vpt_peft.recipes.training.task import display_name
 from vpt_peft.training import CachedFeatures, cache_features
 

@@ -48,7 +48,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vpt_peft import PromptConfig, VPTModel, get_vpt_model
 from vpt_peft.recipes.report.tables import table
-from vpt_peft.recipes.training.models import silence_transformers
+from vpt_peft.recipes.runtime import silence_transformers
 
 VIT = {
     "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32,

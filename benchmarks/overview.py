@@ -24,11 +24,11 @@ SIZES = (224, 112)
 NUM_TOKENS = 50
 # By method: its name in speed.py, whether it has mixed batches, and when to choose it.
 ADVICE: dict[str, tuple[str | None, str, str]] = {
-    "vpt-prefix-bias": (None, "yes", "**by default**"),
+    "vpt-prefix-bias": ("prefix_bias", "yes", "**by default**"),
     "vpt-prefix": ("prefix", "yes", "for many tasks in a batch at the lowest cost"),
     "vpt-deep": ("key_value", "yes", "for the fewest parameters and the fastest step; needs some 300 steps"),
     "vpt-shallow": ("shallow", "yes", "to compare with the paper"),
-    "bitfit": (None, "yes", "if nothing may be added to the attention"),
+    "bitfit": ("bitfit", "yes", "if nothing may be added to the attention"),
     "lora": ("lora", "without heads", "to merge it into the weights (by PEFT)"),
     "linear": ("linear", "yes", "if the features are good enough"),
     "full": ("full", "no", "for thousands of images and a copy per task"),
@@ -46,14 +46,11 @@ def accuracy(runs: Sequence[Run], name: str, image_size: int) -> str:
 
 def ratios(reports: Sequence[Run], name: str | None) -> tuple[str, str]:
     """Time and memory of a training step relative to LoRA's; "" if they were not measured."""
-    rows = [row for report in reports for row in report["rows"] if not report["settings"]["compile"]]
-    wanted = {"backbone": "vit-b16", "work": "training", "num_tokens": NUM_TOKENS}
-    row = next(row for row in rows if wanted.items() <= row.items())
-    cells = (
-        f"{row[field][name] / row[field]['lora']:.2f}" if name in row[field] else ""
-        for field in ("milliseconds", "peak_megabytes")
-    )
-    time, memory = cells
+    report = next(one for one in reports if one["backbone"] == "vit-b16" and not one["settings"]["compile"])
+    rows = {row["variant"]: row for row in report["rows"] if row["num_tokens"] in (None, NUM_TOKENS)}
+    if name not in rows:
+        return "", ""
+    time, memory = (f"{rows[name][field] / rows['lora'][field]:.2f}" for field in ("step_ms", "peak_mb"))
     return time, memory
 
 

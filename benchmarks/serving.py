@@ -44,7 +44,7 @@ from vpt_peft.deploy import Engine
 from vpt_peft.deploy.engine.costs import ALWAYS_MIX, NEVER_MIX, PassCosts
 from vpt_peft.deploy.engine.stats import percentile
 from vpt_peft.recipes.report.tables import table
-from vpt_peft.recipes.training.models import silence_transformers
+from vpt_peft.recipes.runtime import silence_transformers
 
 SHAPES: dict[str, dict[str, int]] = {
     "deit-tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},

@@ -5,40 +5,60 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import speed
 
-WITHOUT_PEFT = [name for name in speed.COLUMNS if name != "lora"]
-VARIANTS = [*speed.COLUMNS] if importlib.util.find_spec("peft") else WITHOUT_PEFT
-QUICK = ["--runs", "1", "--batch", "2", "--warmup", "0"]
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+VARIANTS = [name for name in speed.TITLES if HAS_PEFT or name != "lora"]
+QUICK = ["--runs", "1", "--warmup", "0"]
 
 
-def test_the_table_compares_all_variants_with_keys_and_values(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def lines_of(report: dict[str, Any]) -> dict[tuple[str, int | None], dict[str, Any]]:
+    return {(row["variant"], row["num_tokens"]): row for row in report["rows"]}
+
+
+def test_the_tables_compare_all_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "speed.json"
-    backbones = ["--backbone", "tiny-vit", "tiny-swin"]
-    speed.main([*QUICK, *backbones, "--tokens", "2", "4", "--variants", *VARIANTS, "--output", str(output)])
-    header, _, *rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 * 2 * 2, "backbones, kinds of work and prompt lengths"
-    assert all(title in header for name, title in speed.COLUMNS.items() if name in VARIANTS)
-    vit, swin = json.loads(output.read_text())
-    inference, training = (next(row for row in vit["rows"] if row["work"] == work) for work in speed.WORK)
-    assert set(VARIANTS) - set(inference["to_bare"]) == {"full"} and set(VARIANTS) - set(training["to_key_value"]) == {
-        "bare"
-    }
-    assert inference["to_bare"]["bare"] == inference["to_key_value"]["key_value"] == 1
-    assert "concatenated" not in swin["rows"][0]["milliseconds"]
-    assert vit["environment"]["torch"] and vit["settings"]["batch"] == 2
-    lengths = {entry["num_tokens"] for entry in vit["seconds"] if entry["variant"] == "prefix"}
-    assert lengths == {2, 4}
+    backbones = ["--backbone", "tiny-vit", "tiny-swin", "--batch", "2", "4"]
+    speed.main([*QUICK, *backbones, "--tokens", "2", "5", "--variants", *VARIANTS, "--output", str(output)])
+
+    reports = json.loads(output.read_text())
+    assert [(one["backbone"], one["settings"]["batch"]) for one in reports] == [
+        ("tiny-vit", 2), ("tiny-vit", 4), ("tiny-swin", 2), ("tiny-swin", 4),
+    ]  # fmt: skip
+    small, vit, _, swin = map(lines_of, reports)
+    assert {name for name, _ in vit} == set(VARIANTS)
+    assert {name for name, _ in vit} - {name for name, _ in swin} == {"concatenated"}
+    assert {name for name, _ in vit} - {name for name, _ in small} == {"mixed"}, "two images have no four tasks"
+    printed = capsys.readouterr().out
+    assert all(speed.TITLES[name] in printed for name in VARIANTS)
+    assert "**tiny-vit, batch size 4**" in printed and "saved for backward, MB an image" in printed
+
+    assert vit["bare", None]["inference_to_bare"] == 1 and vit["bare", None]["step_ms"] is None
+    assert vit["full", None]["step_to_full"] == 1 and vit["full", None]["inference_ms"] is None
+    prefix = vit["prefix", 5]
+    assert prefix["step_to_bare"] == pytest.approx(prefix["step_ms"] / vit["bare", None]["inference_ms"], rel=1e-3)
+    assert reports[0]["environment"]["torch"] and len(reports[0]["seconds"]) == len(small)
+
+
+def test_bytes_saved_for_the_backward_pass_are_counted_for_each_image(tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    variants = ["--variants", "bare", "linear", "tokens", "full"]
+    speed.main([*QUICK, "--backbone", "tiny-vit", "--batch", "2", "8", *variants, "--tokens", "2", "9",
+                "--output", str(output)])  # fmt: skip
+    two, eight = ({key: row["saved_mb_per_image"] for key, row in lines_of(one).items()} for one in
+                  json.loads(output.read_text()))  # fmt: skip
+    assert two["bare", None] is None
+    assert two["linear", None] < two["tokens", 2] < two["tokens", 9] < two["full", None]
+    assert eight["full", None] == pytest.approx(two["full", None], rel=0.2)
 
 
 def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        speed.main([*QUICK, "--variants", "bare"])
-    assert "must contain key_value" in capsys.readouterr().err
+        speed.main([*QUICK, "--variants", "key_value"])
+    assert "must contain bare" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         speed.main([*QUICK, "--clock", "cpu", "--device", "cuda"])
     assert "does not measure a GPU" in capsys.readouterr().err

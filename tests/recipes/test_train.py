@@ -38,9 +38,9 @@ from vpt_peft.recipes.command import parse
 from vpt_peft.recipes.commands import train as train_module
 from vpt_peft.recipes.data import folders
 from vpt_peft.recipes.report import plots
+from vpt_peft.recipes.runtime import choose_precision
 from vpt_peft.recipes.training import trainer
 from vpt_peft.recipes.training.methods import METHODS, SMALL_METHODS, find_projections
-from vpt_peft.recipes.training.models import choose_precision
 
 Train = Callable[..., Any]
 
