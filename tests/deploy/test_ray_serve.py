@@ -21,8 +21,8 @@ from helpers.families import enlarge
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vpt_peft import CheckpointError, PromptConfig, VPTError, VPTModel, get_vpt_model
-from vpt_peft.deploy.engine import EngineStats, ImageError
+from vpt_peft import CheckpointError, ImageError, PromptConfig, VPTError, VPTModel, get_vpt_model
+from vpt_peft.deploy.engine import EngineStats
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve")
