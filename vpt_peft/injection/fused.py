@@ -160,7 +160,7 @@ class JoinedAttention(torch.autograd.Function):
         )
         sizes = [key.shape[2], prompt_key.shape[2]]
         (of_key, of_prompt_key), (of_value, of_prompt_value) = (part.split(sizes, dim=2) for part in of_joined)
-        if len(prompt_key) < len(key):
+        if prompt_key.shape[0] < key.shape[0]:
             of_prompt_key, of_prompt_value = (part.sum(0, keepdim=True) for part in (of_prompt_key, of_prompt_value))
         return of_query, of_key, of_value, of_prompt_key, of_prompt_value, None, None
 
@@ -191,7 +191,7 @@ class ApartAttention(torch.autograd.Function):
         of_query, of_key, of_value = attention_backward(
             gradient, query, key, value, output, total, 0.0, False, attn_mask=mask, scale=ctx.scale
         )
-        gradient, shared, output, total = (share(part, len(prompt_key)) for part in (gradient, query, output, total))
+        gradient, shared, output, total = (share(part, prompt_key.shape[0]) for part in (gradient, query, output, total))
         added, of_prompt_key, of_prompt_value = attention_backward(
             gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, scale=ctx.scale
         )
@@ -215,7 +215,7 @@ def share(part: Tensor, num_groups: int) -> Tensor:
 def unshare(part: Tensor, query: Tensor) -> Tensor:
     """The reverse of :func:`share`, for queries ``(num_rows, num_heads, num_tokens, head_dim)``."""
     tokens_first = part.transpose(1, 2)
-    return tokens_first.reshape(len(query), -1, *tokens_first.shape[2:]).transpose(1, 2)
+    return tokens_first.reshape(query.shape[0], -1, *tokens_first.shape[2:]).transpose(1, 2)
 
 
 def _join(
