@@ -54,7 +54,7 @@ tests: setup
 	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS)
 
 test-heavy: setup
-	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS) -m heavy
+	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS) -m "heavy and not thorough"
 
 test-thorough: setup
 	$(PYTEST) $(VENV)/bin/python -m pytest -n $(WORKERS) -m thorough

@@ -41,6 +41,11 @@ KINDS: dict[str, dict[str, Any]] = {
 EXACT = 1e-5
 
 
+def thorough(*models: str) -> list[Any]:
+    """Parameters that only thorough runs of the tests take."""
+    return [pytest.param(model, marks=pytest.mark.thorough) for model in models]
+
+
 def prompted(model: str, num_tokens: int = 3, **config: Any) -> VPTModel:
     vpt = get_vpt_model(MODELS[model](), PromptConfig(num_tokens=num_tokens, **config))
     return enlarge(vpt.eval())
@@ -168,7 +173,7 @@ def check_tasks(vpt: VPTModel, names: list[str], run: Callable[[Tensor, Tensor],
     assert found.shape[1] == 7
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["vit", *thorough("swin", "dinov2", "siglip")])
 def test_a_program_answers_mixed_batches_by_task_numbers(model: str, tmp_path: Path) -> None:
     vpt, names = with_every_kind(model)
     assert export(vpt, tmp_path / "model.pt2", adapter_names=names) < EXACT
@@ -176,7 +181,7 @@ def test_a_program_answers_mixed_batches_by_task_numbers(model: str, tmp_path: P
     check_tasks(vpt, names, lambda batch, tasks: program(batch, tasks)["logits"])
 
 
-@pytest.mark.parametrize("model", ["vit", "swin"])
+@pytest.mark.parametrize("model", ["vit", *thorough("swin")])
 def test_an_onnx_model_answers_mixed_batches_by_task_numbers(model: str, tmp_path: Path) -> None:
     needs_onnx()
     vpt, names = with_every_kind(model)[0], ["__base__", "long", "shallow", "biased"]
@@ -241,7 +246,7 @@ def test_steps_that_an_image_processor_leaves_out_are_left_out_of_the_file(do: s
     assert export(vpt, tmp_path / "model.pt2", image_processor=processor) < 1e-4
 
 
-@pytest.mark.parametrize("model", ["vit", "dinov2", "siglip"])
+@pytest.mark.parametrize("model", ["vit", *thorough("dinov2", "siglip")])
 def test_an_exported_model_takes_images_of_any_size(model: str, tmp_path: Path) -> None:
     vpt = prompted(model)
     told = {} if model == "dinov2" else {"interpolate_pos_encoding": True}
