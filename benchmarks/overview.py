@@ -1,9 +1,9 @@
-"""Writes the table of methods in the README from the runs in ``benchmarks/results``.
+"""Writes the tables of the documentation from the runs in ``benchmarks/results``: methods, and their cost.
 
-    python benchmarks/overview.py --readme README.md
+    python benchmarks/overview.py --write
 
-Accuracy is the mean over the datasets with each method's default settings, at each image size. Times and memory are
-those of a training step of ViT-B/16 with 50 prompts, relative to LoRA.
+The README compares the methods. Accuracy is the mean over the datasets with each method's default settings, at each
+image size; time and memory are those of ViT-B/16 with 50 prompts. docs/results.md has all measurements of time.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import speed
 from accuracy_tables import format_range, insert_table, mean
 from settings import ALL_METHODS, Run, find_runs, settings_of
 
 from vpt_peft.recipes.report.tables import table
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 SIZES = (224, 112)
 NUM_TOKENS = 50
 # By method: its name in speed.py, whether it has mixed batches, and when to choose it.
-ADVICE: dict[str, tuple[str | None, str, str]] = {
+ADVICE: dict[str, tuple[str, str, str]] = {
     "vpt-prefix-bias": ("prefix_bias", "yes", "**by default**"),
     "vpt-prefix": ("prefix", "yes", "for many tasks in a batch at the lowest cost"),
     "vpt-deep": ("key_value", "yes", "for the fewest parameters and the fastest step; needs some 300 steps"),
@@ -44,40 +47,57 @@ def accuracy(runs: Sequence[Run], name: str, image_size: int) -> str:
     return f"{statistics.mean(map(mean, by_data.values())):.1f}"
 
 
-def ratios(reports: Sequence[Run], name: str | None) -> tuple[str, str]:
-    """Time and memory of a training step relative to LoRA's; "" if they were not measured."""
-    report = next(one for one in reports if one["backbone"] == "vit-b16" and not one["settings"]["compile"])
+def load_reports(name: str) -> list[Run]:
+    """The reports of ``speed.py`` in a file."""
+    return list(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def cost(reports: Sequence[Run], name: str) -> tuple[str, str, str]:
+    """Time of inference to the bare backbone's, and time and memory of a training step to LoRA's."""
+    report = next(one for one in reports if one["backbone"] == "vit-b16" and "training" in one["settings"]["work"])
     rows = {row["variant"]: row for row in report["rows"] if row["num_tokens"] in (None, NUM_TOKENS)}
-    if name not in rows:
-        return "", ""
-    time, memory = (f"{rows[name][field] / rows['lora'][field]:.2f}" for field in ("step_ms", "peak_mb"))
-    return time, memory
+    row = rows[name]
+    inference = row["inference_to_bare"] or 1.0  # of full fine-tuning, the backbone's own
+    memory = row["saved_mb_per_image"] / rows["lora"]["saved_mb_per_image"]
+    return f"{inference:.2f}", f"{row['step_to_lora']:.2f}", f"{memory:.2f}"
 
 
 def overview() -> str:
     """One row for each method."""
     runs = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
-    reports = json.loads((RESULTS / "speed-h100.json").read_text(encoding="utf-8"))
+    reports = load_reports("speed-cpu")
     sizes = [f"{size} px" for size in SIZES]
-    rows = [("Method", *sizes, "Trained parameters", "Time", "Memory", "Mixed batches", "Choose it")]
+    rows = [("Method", *sizes, "Trained parameters", "Inference", "Step", "Memory", "Mixed batches", "Choose it")]
     for name, (variant, mixes, advice) in ADVICE.items():
         method = ALL_METHODS[name]
         own = find_runs(runs, {**settings_of(name, method), "image_size": SIZES[0], "validation": False})
         count = format_range(own, "parameters", ",").rpartition(" ")[2]  # with the most labels
         accuracies = [accuracy(runs, name, size) for size in SIZES]
-        rows.append((f"{method.title} (`{name}`)", *accuracies, count, *ratios(reports, variant), mixes, advice))
+        rows.append((f"{method.title} (`{name}`)", *accuracies, count, *cost(reports, variant), mixes, advice))
     return table(rows)
 
 
+def speed_tables(name: str) -> str:
+    """All tables of a file of ``speed.py``."""
+    return "\n".join(map(speed.make_table, load_reports(name)))
+
+
+TABLES: dict[tuple[str, str], Callable[[], str]] = {  # by file and mark
+    ("README.md", "overview"): overview,
+    **{("docs/results.md", name): partial(speed_tables, name) for name in ("speed-cpu", "speed-h100")},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table, and inserts it into a file."""
+    """Prints the tables, and inserts them into the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--readme", type=Path, help="a file with <!-- overview --> and <!-- /overview -->")
+    parser.add_argument("--write", action="store_true", help="insert the tables between their marks, <!-- name -->")
     args = parser.parse_args(argv)
-    text = overview()
-    if args.readme:
-        insert_table(args.readme, "overview", text)
-    print(text)
+    for (file, mark), build in TABLES.items():
+        text = build()
+        print(text)
+        if args.write:
+            insert_table(ROOT / file, mark, text)
 
 
 if __name__ == "__main__":

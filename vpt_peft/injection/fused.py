@@ -191,7 +191,8 @@ class ApartAttention(torch.autograd.Function):
         of_query, of_key, of_value = attention_backward(
             gradient, query, key, value, output, total, 0.0, False, attn_mask=mask, scale=ctx.scale
         )
-        gradient, shared, output, total = (share(part, prompt_key.shape[0]) for part in (gradient, query, output, total))
+        rows = prompt_key.shape[0]
+        gradient, shared, output, total = (share(part, rows) for part in (gradient, query, output, total))
         added, of_prompt_key, of_prompt_value = attention_backward(
             gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, scale=ctx.scale
         )
