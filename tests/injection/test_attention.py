@@ -13,6 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from vpt_peft import PromptConfig, RouteError, get_vpt_model
+from vpt_peft.injection import AdapterBatch, ForwardContext
+from vpt_peft.injection.prompt_batch import LayerPrompts, batch_prompts
 
 CONFIGS = [{}, {"deep": False}, {"pooling": "global"}]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=["deep", "shallow", "pooled"])
@@ -197,3 +199,18 @@ def test_serving_computes_keys_and_values_once_and_never_serves_stale_ones(
         vpt.train()(tiny.pixel_values, labels=tiny.labels).loss.backward()
         assert all(parameter.grad is not None for parameter in vpt.adapters["other"].parameters())
     assert not vpt._caches
+
+
+def test_prompts_of_a_mixed_batch_are_gathered_on_the_device_of_each_layer(vit: Tiny) -> None:
+    """A model that is spread over several devices has layers on each; "meta" stands for a second one."""
+    vpt = vit.prompted()
+    batches = [AdapterBatch(rows=(number,)) for number in range(2)]
+    forward = ForwardContext(vpt.backbone, 2, batches, training=False)
+    for device in ("cpu", "meta"):
+        prompts = [
+            LayerPrompts(number, batch, torch.zeros(1, 3 + number, 24, device=device), fresh=True, needs_output=False)
+            for number, batch in enumerate(batches)
+        ]
+        batch = batch_prompts(prompts, forward)
+        assert batch.prompt_index is not None and batch.valid_mask is not None
+        assert {part.device.type for part in (batch.tokens, batch.prompt_index, batch.valid_mask)} == {device}

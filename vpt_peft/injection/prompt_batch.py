@@ -125,11 +125,11 @@ def batch_prompts(prompts: Sequence[LayerPrompts], forward: ForwardContext) -> P
         return PromptBatch(tokens, valid_mask=valid_mask)
     if first.batch.rows is None:
         return PromptBatch(first.tokens)
-    shapes = tuple((own.index, *own.tokens.shape[:2]) for own in prompts)
+    shapes = first.tokens.device, *((own.index, *own.tokens.shape[:2]) for own in prompts)
     tables = forward.prompt_tables.get(shapes)
     if tables is None:
         tables = _make_tables(prompts, num_images)
-        if not torch.compiler.is_compiling():  # the same in all layers
+        if not torch.compiler.is_compiling():  # the same in all layers of a device
             forward.prompt_tables[shapes] = tables
     return PromptBatch(torch.cat([own.tokens.flatten(0, 1) for own in prompts]).unsqueeze(0), *tables)
 
