@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from vpt_peft import PromptConfig, VPTModel, get_adapter_state_dict, get_vpt_model
+from vpt_peft.injection.prefix_attention import prefix_attention
 
 
 def fresh(tiny: Tiny, **config: Any) -> VPTModel:
@@ -172,3 +173,23 @@ def test_a_run_with_a_prefix_learns_from_the_first_step() -> None:
             pair = vpt.adapters["default"].prefix[layer]
             assert {name for name in pair if pair[name].grad.any()} == set(parts)
         optimizer.step()
+
+
+def test_no_query_of_a_mixed_batch_is_left_without_a_key(vit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image whose adapter has no prefix sees values of zero: not all kernels give zero where nothing is visible."""
+    vpt = vit.prompted(3, kind="prefix")
+    vpt.add_adapter("longer", PromptConfig(num_tokens=5, kind="prefix"))
+    vpt.add_adapter("none", PromptConfig(num_tokens=0))
+    masks: list[Tensor] = []
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, valid_mask: Tensor) -> Tensor:
+        masks.append(valid_mask)
+        assert not value[2].any()
+        return prefix_attention(query, key, value, valid_mask)
+
+    monkeypatch.setattr("vpt_peft.injection.attention.prefix_attention", watched)
+    names = ["default", "longer", "none", "default"]
+    mixed = logits(vpt, vit.pixel_values, adapter_names=names)
+    assert [mask.sum(1).tolist() for mask in masks] == [[3, 5, 5, 3]] * 4
+    vpt.set_adapter("none")
+    torch.testing.assert_close(mixed[2], logits(vpt, vit.pixel_values)[2], atol=1e-5, rtol=0)

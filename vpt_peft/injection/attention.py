@@ -346,6 +346,7 @@ def attend_to_prefixes(
     valid_mask = batch.valid_mask
     if valid_mask is not None:  # images without a prefix attend to zeros
         value = value * valid_mask[:, None, :, None]
+        valid_mask = valid_mask | ~valid_mask.any(1, keepdim=True)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     added = prefix_attention(share(query, key.shape[0]), key * scaling, value, valid_mask)
     return output + unshare(added, query).transpose(1, 2)
