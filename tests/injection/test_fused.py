@@ -15,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 from vpt_peft import PromptConfig, VPTModel
 from vpt_peft.injection import fused
 from vpt_peft.injection.fused import fused_attention, is_fused, share, unshare
-from vpt_peft.injection.prefix_attention import FEW_KEYS, PrefixAttention, sdpa
+from vpt_peft.injection.prefix_attention import FEW_KEYS, PrefixAttention, prefix_attention, sdpa
 
 IMAGES, HEADS, TOKENS, DIM = 3, 2, 7, 4
 MASKS: dict[str, Callable[[int], Tensor | None]] = {
@@ -24,6 +24,7 @@ MASKS: dict[str, Callable[[int], Tensor | None]] = {
     "bias of all images": lambda rows: torch.randn(1, HEADS, TOKENS, TOKENS, dtype=torch.float64),
     "boolean": lambda rows: torch.rand(rows, 1, TOKENS, TOKENS) < 0.7,
     "nothing visible": lambda rows: torch.rand(rows, 1, TOKENS, TOKENS) < 0.2,
+    "nothing visible, as a bias": lambda rows: torch.where(torch.rand(rows, 1, TOKENS, TOKENS) < 0.2, 0.5, -torch.inf),
 }
 
 
@@ -136,6 +137,18 @@ def test_what_the_kernel_does_not_take_is_left_to_pytorch() -> None:
         assert is_fused(*[query.bfloat16()] * 3)
     with BaseTorchFunctionMode():
         assert not is_fused(query, query, query)
+    for nothing in (query[:0], query[:, :, :0]):  # the kernel would end the process
+        assert not is_fused(nothing, nothing, nothing)
+
+
+def test_prompts_may_lie_in_memory_in_any_way() -> None:
+    leaves = inputs(1, 20, 1)
+    turned = [leaf.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for leaf in leaves[3:]]
+    ours, theirs = attend(leaves[:3] + turned), written_out(leaves)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    found = torch.autograd.grad(ours.square().sum(), turned)
+    for own, other in zip(found, torch.autograd.grad(theirs.square().sum(), leaves[3:]), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-12, rtol=0)
 
 
 def test_shared_queries_are_no_copy_of_those_of_a_linear_layer() -> None:
@@ -184,6 +197,27 @@ def test_a_model_gives_the_logits_and_gradients_of_plain_attention(
     torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
     assert_same(ours, theirs, 1e-12)
     assert max(gradient.abs().max() for name, gradient in ours.items() if "prompts" in name) > 1e-4
+
+
+@pytest.mark.parametrize("config", [{}, {"num_tokens": 30}, {"kind": "prefix"}, {"deep": False}], ids=str)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's own kernel, which has no batches
+def test_gradients_of_each_image_by_the_transforms_of_torch(tiny: Tiny, config: dict[str, Any]) -> None:
+    tiny.model.double()
+    vpt = tiny.prompted(**config).double()
+    images, trained = tiny.pixel_values.double(), {name: p for name, p in vpt.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, Tensor], image: Tensor) -> Tensor:
+        output = torch.func.functional_call(vpt, values, (image.unsqueeze(0),))
+        return output.logits.square().sum()
+
+    values = {name: parameter.detach() for name, parameter in trained.items()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, images)
+    for number, image in enumerate(images):
+        own = torch.func.grad(loss)(values, image)
+        theirs = torch.autograd.grad(vpt(image.unsqueeze(0)).logits.square().sum(), list(trained.values()))
+        for name, other in zip(trained, theirs, strict=True):
+            torch.testing.assert_close(own[name], other, atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(found[name][number], other, atol=1e-10, rtol=1e-10)
 
 
 def test_images_of_many_tasks_and_with_dropout_of_prompts(tiny: Tiny, calls: list[str]) -> None:
@@ -276,3 +310,20 @@ def test_every_way_to_attend_to_a_prefix_gives_the_same_output_and_gradients(len
     for result in results[1:]:
         for own, other in zip(result, results[0], strict=True):
             torch.testing.assert_close(own, other, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("length", [FEW_KEYS, FEW_KEYS + 1])
+def test_queries_in_float32_attend_to_a_prefix_under_autocast(length: int) -> None:
+    """Rotary embeddings make float32 of them. The backward pass runs outside of autocast."""
+    torch.manual_seed(0)
+    leaves = query, key, value = [
+        rand(IMAGES, HEADS, number, DIM, dtype=torch.float32) for number in (TOKENS, length, length)
+    ]
+    weights = torch.randn(IMAGES, HEADS, TOKENS, DIM)
+    expected = prefix_attention(query, key, value, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = prefix_attention(query, key, value, None)
+    torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0)
+    found = torch.autograd.grad((output.float() * weights).sum(), leaves)
+    for own, other in zip(found, torch.autograd.grad((expected * weights).sum(), leaves), strict=True):
+        assert (own - other).norm() < 0.03 * other.norm()

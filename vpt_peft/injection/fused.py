@@ -44,11 +44,20 @@ def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> boo
         and query.shape[1] == key.shape[1]
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4 and not mask.requires_grad))
-        and (not torch.is_autocast_enabled("cpu") or query.dtype == torch.get_autocast_dtype("cpu"))
+        and query.numel() > 0  # else the kernel divides by zero
+        and may_differentiate(query)
         and _is_enabled()
         and not torch.compiler.is_exporting()
         and not has_torch_function((query, key, value))
     )
+
+
+def may_differentiate(query: Tensor) -> bool:
+    """Whether an ``autograd.Function`` may compute attention: not if autocast would convert its input, nor inside the
+    transforms of ``torch.func``, which know only the derivatives of PyTorch."""
+    device = query.device.type
+    converts = torch.is_autocast_enabled(device) and query.dtype != torch.get_autocast_dtype(device)
+    return not converts and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -80,6 +89,8 @@ def fused_attention(
     """
     if mask is not None and mask.dtype != query.dtype:
         mask = make_additive(mask, query.dtype)
+    if prompt_key.stride(-1) != 1 or prompt_value.stride(-1) != 1:  # which the kernel takes for granted
+        prompt_key, prompt_value = prompt_key.contiguous(), prompt_value.contiguous()
     apart = key.shape[0] != num_images or prompt_key.shape[2] >= key.shape[2]
     inputs = query, key, value, prompt_key, prompt_value, mask, scale
     if torch.is_grad_enabled():
@@ -122,6 +133,9 @@ def attend_apart(
 ) -> tuple[Tensor, Tensor]:
     """Output and ``l`` of :func:`fused_attention`, merged from two parts; the mask is additive."""
     output, total = attention(query, key, value, attn_mask=mask, scale=scale)
+    if mask is not None and (torch.compiler.is_compiling() or bool((total == 0).any())):
+        # a query that sees nothing of the image, for which the kernel gives 0
+        total = total.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
     of_prompts = attention(share(query, prompt_key.shape[0]), prompt_key, prompt_value, scale=scale)
     added, total_added = (unshare(part, query) for part in of_prompts)
     weight = torch.sigmoid(total - total_added).unsqueeze(-1)

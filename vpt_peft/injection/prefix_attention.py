@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import attention, attention_backward, is_fused, make_additive
+from .fused import attention, attention_backward, is_fused, make_additive, may_differentiate
 
 FEW_KEYS = 16  # up to here, products of matrices are faster than the fused kernel
 
@@ -20,7 +20,7 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, valid_mask: Tens
         key, value: ``(num_images, num_heads, num_keys, head_dim)``; the keys contain the scale of the products.
         valid_mask: ``(num_images, num_keys)``, False for padding; None: there is none.
     """
-    if query.is_cuda:
+    if query.is_cuda or not may_differentiate(query):
         return sdpa(query, key, value, valid_mask)
     output: Tensor = PrefixAttention.apply(query, key, value, valid_mask)  # type: ignore[no-untyped-call]
     return output
