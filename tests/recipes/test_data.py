@@ -16,11 +16,11 @@ from helpers.hub_server import HubServer
 from huggingface_hub import constants, create_repo, upload_folder
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from transformers import AutoConfig
 
 from vpt_peft import ImageError
-from vpt_peft.images.files import open_image, to_rgb
+from vpt_peft.images.files import open_image, read_image, to_rgb
 from vpt_peft.recipes.data import folders, images
 from vpt_peft.recipes.data.folders import first_per_class, load_data, read_splits, select_columns
 from vpt_peft.recipes.data.images import check_all, check_image
@@ -256,6 +256,16 @@ def test_an_image_that_breaks_behind_its_header_is_named_when_it_is_read(
         file.write_bytes(file.read_bytes()[:45])
     with pytest.raises(ImageError, match=r"\d\.png' cannot be read as an image .*Repair or remove it"):
         rows[:2]
+
+
+def test_an_image_that_its_decoder_refuses_by_another_error_is_named(tmp_path: Path) -> None:
+    """PIL raises a ValueError for texts in a PNG file that are too long."""
+    texts = PngInfo()
+    texts.add_text("comment", "a" * 3_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png", pnginfo=texts)
+    for read in (check_image, read_image):
+        with pytest.raises(ImageError, match=r"photo\.png' cannot be read as an image \(Decompressed data too large"):
+            read(str(tmp_path / "photo.png"))
 
 
 def test_images_are_rotated_by_their_exif_orientation(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
-from ..errors import ImageError
+from ..errors import ImageError, VPTError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # not EPS, whose files are programs
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -29,12 +29,14 @@ def image_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:  # names the file
+    except (FileNotFoundError, ImportError, MemoryError):  # the first names the file; the others are not the image's
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name} cannot be read as an image ({error}). Repair or remove it.") from error
     except ImageError as error:
         raise ImageError(f"{name} cannot be used: {error}.") from error
+    except VPTError:
+        raise
+    except Exception as error:  # decoders raise errors of many kinds
+        raise ImageError(f"{name} cannot be read as an image ({error}). Repair or remove it.") from error
 
 
 @contextmanager
