@@ -38,10 +38,7 @@ def load_processor(vpt: VPTModel, name: str | os.PathLike[str] | None = None, **
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    adapter = cast(Adapter, vpt.adapters[vpt.active_adapter])
-    if adapter.config.location == "border" and adapter.image_size is not None:
-        height, width = adapter.image_size
-        source |= {"size": {"height": height, "width": width}, "do_center_crop": False}
+    source |= border_settings(cast(Adapter, vpt.adapters[vpt.active_adapter]))
     if name is None:
         name, source["revision"] = vpt.name_or_path, backbone_revision(vpt)
     try:
@@ -51,6 +48,14 @@ def load_processor(vpt: VPTModel, name: str | os.PathLike[str] | None = None, **
             "Pass image_processor=..., an object, a folder or a repository. None can be loaded from "
             f"{safe_repr(os.fspath(name))}: {error}"
         ) from error
+
+
+def border_settings(adapter: Adapter) -> dict[str, Any]:
+    """Settings in place of those that were saved: where a border of prompts surrounds images, they are smaller."""
+    if adapter.config.location != "border" or adapter.image_size is None:
+        return {}
+    height, width = adapter.image_size
+    return {"size": {"height": height, "width": width}, "do_center_crop": False}
 
 
 def saved_processor(folder: Path) -> Path | None:

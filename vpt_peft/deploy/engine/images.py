@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import hub
 from ...adapter import Adapter
 from ...errors import CheckpointError, ImageError, safe_repr
-from ...images.processors import read_processor
+from ...images.processors import border_settings, read_processor
 from ...model import VPTModel
 
 
@@ -87,13 +87,13 @@ class ImageProcessors:
         """
         if content is None and not isinstance(self.given, str | os.PathLike | None):
             return self.given
-        size = adapter.image_size if adapter.config.location == "border" else None  # images without the border
-        options = {} if size is None else {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
+        options = border_settings(adapter)
+        key = content, adapter.image_size if options else None
         with self.lock:
-            processor = self.loaded.get((content, size))
+            processor = self.loaded.get(key)
             if processor is None:
                 processor = self._load_backbones(options) if content is None else _from_content(content, options)
-                self.loaded[content, size] = processor
+                self.loaded[key] = processor
             return processor
 
     def _load_backbones(self, options: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, RouteError, VPTError, safe_repr
+from ...images.positions import ARGUMENT, can_interpolate
 from ...model import VPTModel
 from .costs import PassCosts
 from .errors import EngineError
@@ -69,8 +69,7 @@ class PassRunner:
         self.vpt, self.structure, self.costs = vpt, structure, costs
         self.answer, self.fail, self.record = answer, fail, record
         self.idle_adapter = vpt.active_adapter
-        parameters = inspect.signature(type(vpt.get_base_model()).forward).parameters
-        self.must_be_told_size = "interpolate_pos_encoding" in parameters
+        self.can_interpolate = can_interpolate(vpt.get_base_model())
 
     def run(self, requests: Sequence[Request]) -> None:
         """Answers requests, or lets each fail alone."""
@@ -102,7 +101,7 @@ class PassRunner:
         assert request.pixel_values is not None and request.entry.adapter is not None
         shape = tuple(request.pixel_values.shape)
         expected = request.entry.adapter.image_size or self.vpt.backbone.image_size
-        return shape, self.must_be_told_size and shape[-2:] != tuple(expected)
+        return shape, self.can_interpolate and shape[-2:] != tuple(expected)
 
     def _is_alone(self, entry: Entry) -> bool:
         """Whether an adapter needs forward passes of its own."""
@@ -137,7 +136,7 @@ class PassRunner:
         pixel_values = torch.stack([image.to(vpt.device, vpt.dtype) for image in images if image is not None])
         options: dict[str, Any] = {"return_dict": True}
         if self._image_size(requests[0])[1]:
-            options["interpolate_pos_encoding"] = True
+            options[ARGUMENT] = True
         if len(by_adapter) == 1:  # keys and values of its prompts are kept between passes
             vpt.set_adapter(requests[0].entry.name)
         else:

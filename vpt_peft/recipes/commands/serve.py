@@ -13,13 +13,13 @@ import warnings
 
 import python_multipart  # noqa: F401  # forms cannot be read without it
 import torch
-import transformers
 import uvicorn
 
 from ...deploy.engine import Engine
 from ...deploy.engine.backbone import load_backbone
 from ...deploy.server import ServerSettings, create_app, find_adapters, read_tokens
 from ..errors import RecipeError
+from ..runtime import silence_transformers
 
 SHUTDOWN_SECONDS = 60  # for requests in progress
 
@@ -29,8 +29,7 @@ log = logging.getLogger("vpt_peft.serve")
 def run(args: argparse.Namespace) -> None:
     """Runs the command until it is stopped (Ctrl-C or SIGTERM); then it answers what it has accepted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    silence_transformers()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("vpt_peft").setLevel(logging.INFO)
     # What may be wrong is found before the backbone is loaded.
