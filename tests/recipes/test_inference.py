@@ -378,7 +378,7 @@ def test_explain_draws_the_attention_and_prints_the_share_of_the_prompts(
     assert done.code == 0, done.err
     explanation = explain_attention(AutoVPTModel.from_pretrained(adapter), prepared(adapter, image))
     for layer in explanation.with_adapter:
-        assert layer.prompt_share is not None and f"{layer.prompt_share:.1%}" in done.out
+        assert layer.prompt_share is not None and f"{100 * layer.prompt_share:.1f} %" in done.out
     with Image.open(picture) as drawn:
         assert min(drawn.size) > 200 and len(drawn.convert("RGB").getcolors(1 << 20) or ()) > 20
 

@@ -20,6 +20,6 @@ def run(args: argparse.Namespace) -> None:
     rows = [("Layer", "Attention to the prompts")]
     for index, layer in zip(explanation.layers, explanation.with_adapter, strict=True):
         share = layer.prompt_share
-        rows.append((str(index), "no prompts" if share is None else f"{share:.1%}"))
+        rows.append((str(index), "no prompts" if share is None else f"{100 * share:.1f} %"))
     print(table(rows))
     print(f"Saved in {args.output}.")
