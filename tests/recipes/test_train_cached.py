@@ -65,9 +65,25 @@ def test_images_are_tested_on_pixels_and_cached_once_for_all_seeds(
 
     monkeypatch.setattr(train_module, "cache_features", recording)
     monkeypatch.setattr(trainer.RecipeTrainer, "evaluate", evaluating)
-    train(*LAST, "--cache-features", "--augmentations", 3, "--seeds", 0, 1)
-    assert caches == [("train", 3, False), ("evaluation", 1, False), ("train", 3, True), ("evaluation", 1, True)]
-    assert [isinstance(images, CachedFeatures) for images in tested] == [True, False, True, False]
+    train(*LAST, "--cache-features", "--augmentations", 2, "--seeds", 0, 1, epochs=2)
+    assert caches == [("train", 2, False), ("evaluation", 1, False), ("train", 2, True), ("evaluation", 1, True)]
+    assert [isinstance(images, CachedFeatures) for images in tested] == [True, True, False] * 2
+
+
+@pytest.mark.parametrize(("given", "epochs", "cached"), [((), 2, 2), (("--augmentations", 3), 1, 1)])
+def test_no_more_augmentations_are_cached_than_there_are_epochs(
+    given: Any, epochs: int, cached: int, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[int] = []
+    make = train_module.cache_features
+
+    def recording(vpt: Any, images: Any, folder: Path, number: int, *args: Any, **kwargs: Any) -> CachedFeatures:
+        draws.append(number)
+        return make(vpt, images, folder, number, *args, **kwargs)
+
+    monkeypatch.setattr(train_module, "cache_features", recording)
+    train(*LAST, "--cache-features", *given, epochs=epochs)
+    assert draws == [cached, 1], "of the training images and of those to evaluate on"
 
 
 def test_a_resumed_run_goes_on_with_its_augmentations(

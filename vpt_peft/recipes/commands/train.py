@@ -137,7 +137,7 @@ def data_sets(args: argparse.Namespace, settings: Settings, task: Task, tuned: A
                 "--cache-features requires an adapter that leaves the lower layers unchanged, got --method "
                 f"{args.method}{layers}. Use --method linear, or --method vpt-prefix --last-layers 3."
             )
-        draws = {"train": args.augmentations or AUGMENTATIONS, "evaluation": 1}
+        draws = {"train": min(args.augmentations or AUGMENTATIONS, settings.epochs), "evaluation": 1}  # one an epoch
         with settings.autocast():
             for name, images in sets.items():
                 folder, batch_size = args.output / FEATURES / name, 4 * settings.batch_size
