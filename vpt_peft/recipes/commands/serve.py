@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> None:
     if not settings.tokens and not _is_loopback(args.host):
         warnings.warn(f"Anyone who reaches {args.host} can send requests: give --token-file.", stacklevel=2)
     device = _choose_device(args.device)
+    precision = {"dtype": torch.float32} if device.type == "cpu" else {}  # half precision is slow on a CPU
     with (
         _bind(args.host, args.port) as listener,
         Engine(
-            load_backbone(args.model, {}).to(device),
+            load_backbone(args.model, precision).to(device),
             max_adapters=args.max_adapters,
             max_batch=args.max_batch,
             max_wait_ms=args.max_wait_ms,
