@@ -558,12 +558,13 @@ def test_many_clients_are_answered_rightly_while_adapters_come_and_go(tasks: Tas
     with Engine(vit(), max_adapters=2, max_batch=4, max_wait_ms=1) as engine, ThreadPoolExecutor(8) as clients:
         assert list(clients.map(ask, range(8))) == [None] * 8
         stats = engine.stats()
+        engine.predict(images[0], engine.tasks()[0])  # before that, the computing thread removes those that went
         in_memory += count_adapters()
     for name, row, answer in answered:
         tasks.check(name, images[row], answer)
     assert (stats.accepted, stats.answered, stats.failed) == (200, 200, 0)
     assert stats.evictions >= 4 and stats.adapters == 2
-    assert in_memory <= 4  # two, the one without prompts, and one that the computing thread is about to remove
+    assert in_memory <= 3  # two, and the one without prompts
 
 
 def test_an_adapter_is_loaded_once_for_all_requests_that_wait_for_it(
