@@ -172,13 +172,13 @@ def step(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways that were taken."""
     taken: list[str] = []
-    for function in (fused.ApartAttention, fused.JoinedAttention):
+    real = fused.FusedAttention.apply
 
-        def apply(*args: Any, real: Any = function.apply, name: str = function.__name__) -> Any:
-            taken.append(name)
-            return real(*args)
+    def apply(apart: bool, *args: Any) -> Any:
+        taken.append("apart" if apart else "joined")
+        return real(apart, *args)
 
-        monkeypatch.setattr(function, "apply", apply)
+    monkeypatch.setattr(fused.FusedAttention, "apply", apply)
     return taken
 
 
@@ -190,7 +190,7 @@ def test_a_model_gives_the_logits_and_gradients_of_plain_attention(
     vpt = tiny.prompted(num_tokens)
     vpt.double().train()
     logits, ours = step(vpt, tiny)
-    assert calls == ["ApartAttention" if num_tokens == 30 or tiny.name == "swin" else "JoinedAttention"] * 4
+    assert calls == ["apart" if num_tokens == 30 or tiny.name == "swin" else "joined"] * 4
     with sdpa_kernel(SDPBackend.MATH):
         expected, theirs = step(vpt, tiny)
     assert len(calls) == 4

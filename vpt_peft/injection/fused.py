@@ -94,8 +94,7 @@ def fused_attention(
     apart = key.shape[0] != num_images or prompt_key.shape[2] >= key.shape[2]
     inputs = query, key, value, prompt_key, prompt_value, mask, scale
     if torch.is_grad_enabled():
-        function = ApartAttention if apart else JoinedAttention
-        output: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+        output: Tensor = FusedAttention.apply(apart, *inputs)  # type: ignore[no-untyped-call]
         return output
     return (attend_apart if apart else attend_jointly)(*inputs)[0]
 
@@ -142,15 +141,13 @@ def attend_apart(
     return torch.lerp(added, output, weight.to(output.dtype)), torch.logaddexp(total, total_added)
 
 
-class JoinedAttention(torch.autograd.Function):
-    """:func:`attend_jointly`. The backward pass joins the keys again.
-
-    Like :class:`ApartAttention`, it has no second derivative, and says so.
-    """
+class FusedAttention(torch.autograd.Function):
+    """:func:`attend_apart` or :func:`attend_jointly`. It has no second derivative, and says so."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        apart: bool,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -159,58 +156,66 @@ class JoinedAttention(torch.autograd.Function):
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
-        output, total = attend_jointly(query, key, value, prompt_key, prompt_value, mask, scale)
+        attend = attend_apart if apart else attend_jointly
+        output, total = attend(query, key, value, prompt_key, prompt_value, mask, scale)
         ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, total)
-        ctx.scale = scale
+        ctx.apart, ctx.scale = apart, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, prompt_key, prompt_value, mask, output, total = ctx.saved_tensors
-        keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
-        of_query, *of_joined = attention_backward(
-            gradient, query, keys, values, output, total, 0.0, False, attn_mask=padded, scale=ctx.scale
-        )
-        sizes = [key.shape[2], prompt_key.shape[2]]
-        (of_key, of_prompt_key), (of_value, of_prompt_value) = (part.split(sizes, dim=2) for part in of_joined)
-        if prompt_key.shape[0] < key.shape[0]:
-            of_prompt_key, of_prompt_value = (part.sum(0, keepdim=True) for part in (of_prompt_key, of_prompt_value))
-        return of_query, of_key, of_value, of_prompt_key, of_prompt_value, None, None
+        saved: tuple[Any, ...] = (*ctx.saved_tensors, ctx.scale)
+        differentiate = differentiate_apart if ctx.apart else differentiate_joint
+        return None, *differentiate(gradient, *saved), None, None
 
 
-class ApartAttention(torch.autograd.Function):
-    """:func:`attend_apart`. In the backward pass, each kernel is given the output and ``l`` of both."""
+def differentiate_joint(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    mask: Tensor | None,
+    output: Tensor,
+    total: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`attend_jointly` at its first five arguments; it joins the keys again."""
+    keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
+    of_query, *of_joined = attention_backward(
+        gradient, query, keys, values, output, total, 0.0, False, attn_mask=padded, scale=scale
+    )
+    sizes = [key.shape[2], prompt_key.shape[2]]
+    (of_key, of_prompt_key), (of_value, of_prompt_value) = (part.split(sizes, dim=2) for part in of_joined)
+    if prompt_key.shape[0] < key.shape[0]:
+        of_prompt_key, of_prompt_value = (part.sum(0, keepdim=True) for part in (of_prompt_key, of_prompt_value))
+    return of_query, of_key, of_value, of_prompt_key, of_prompt_value
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prompt_key: Tensor,
-        prompt_value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
-        output, total = attend_apart(query, key, value, prompt_key, prompt_value, mask, scale)
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, total)
-        ctx.scale = scale
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, prompt_key, prompt_value, mask, output, total = ctx.saved_tensors
-        of_query, of_key, of_value = attention_backward(
-            gradient, query, key, value, output, total, 0.0, False, attn_mask=mask, scale=ctx.scale
-        )
-        rows = prompt_key.shape[0]
-        gradient, shared, output, total = (share(part, rows) for part in (gradient, query, output, total))
-        added, of_prompt_key, of_prompt_value = attention_backward(
-            gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, scale=ctx.scale
-        )
-        return of_query + unshare(added, query), of_key, of_value, of_prompt_key, of_prompt_value, None, None
+def differentiate_apart(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    mask: Tensor | None,
+    output: Tensor,
+    total: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`attend_apart` at its first five arguments. Each kernel is given output and ``l`` of both."""
+    of_query, of_key, of_value = attention_backward(
+        gradient, query, key, value, output, total, 0.0, False, attn_mask=mask, scale=scale
+    )
+    rows = prompt_key.shape[0]
+    gradient, shared, output, total = (share(part, rows) for part in (gradient, query, output, total))
+    added, of_prompt_key, of_prompt_value = attention_backward(
+        gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, scale=scale
+    )
+    return of_query + unshare(added, query), of_key, of_value, of_prompt_key, of_prompt_value
 
 
 def share(part: Tensor, num_groups: int) -> Tensor:
