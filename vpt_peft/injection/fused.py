@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import has_torch_function
 
@@ -132,8 +133,7 @@ def attend_apart(
 ) -> tuple[Tensor, Tensor]:
     """Output and ``l`` of :func:`fused_attention`, merged from two parts; the mask is additive."""
     output, total = attention(query, key, value, attn_mask=mask, scale=scale)
-    if mask is not None and (torch.compiler.is_compiling() or bool((total == 0).any())):
-        # a query that sees nothing of the image, for which the kernel gives 0
+    if mask is not None and _may_be_zero(total):  # given for queries that see nothing of the image
         total = total.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
     of_prompts = attention(share(query, prompt_key.shape[0]), prompt_key, prompt_value, scale=scale)
     added, total_added = (unshare(part, query) for part in of_prompts)
@@ -216,6 +216,11 @@ def differentiate_apart(
         gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, scale=scale
     )
     return of_query + unshare(added, query), of_key, of_value, of_prompt_key, of_prompt_value
+
+
+def _may_be_zero(total: Tensor) -> bool:
+    """Whether a value is 0; True where values are not known yet."""
+    return torch.compiler.is_compiling() or isinstance(total, FakeTensor) or bool((total == 0).any())
 
 
 def share(part: Tensor, num_groups: int) -> Tensor:
