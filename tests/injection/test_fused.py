@@ -15,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 from vpt_peft import PromptConfig, VPTModel
 from vpt_peft.injection import fused
 from vpt_peft.injection.fused import fused_attention, is_fused, share, unshare
-from vpt_peft.injection.prefix_attention import FEW_KEYS, PrefixAttention, prefix_attention, sdpa
+from vpt_peft.injection.prefix_attention import FEW_KEYS, prefix_attention, sdpa
 
 IMAGES, HEADS, TOKENS, DIM = 3, 2, 7, 4
 MASKS: dict[str, Callable[[int], Tensor | None]] = {
@@ -59,13 +59,24 @@ def written_out(leaves: list[Tensor], mask: Tensor | None = None, scale: float =
     return scores.softmax(-1) @ values
 
 
+@pytest.fixture
+def filled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether hidden keys fill the last register of a row, which pays for many queries only."""
+    if request.param:
+        monkeypatch.setattr(fused, "MANY_SCORES", 0)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("filled", [False, True], indirect=True)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("prompts", [1, 5, 20])
 @pytest.mark.parametrize(("windows", "groups"), [(1, 1), (1, IMAGES), (4, 1), (4, IMAGES)])
 def test_output_and_gradients_are_those_of_one_softmax_over_all_keys(
-    windows: int, groups: int, prompts: int, mask: Callable[[int], Tensor | None]
+    windows: int, groups: int, prompts: int, mask: Callable[[int], Tensor | None], filled: bool
 ) -> None:
     torch.manual_seed(0)
+    total = prompts if windows > 1 or prompts > TOKENS else TOKENS + prompts
+    assert bool(fused.count_missing(torch.empty(IMAGES * windows, HEADS, TOKENS, DIM), total)) == (filled and total > 2)
     leaves, own_mask = inputs(windows, prompts, groups), mask(IMAGES * windows)
     assert is_fused(leaves[0], leaves[1], leaves[2], own_mask)
     ours = attend(leaves, own_mask, 0.7)
@@ -105,9 +116,10 @@ def test_a_second_derivative_is_refused(prompts: int) -> None:
         first.sum().backward()
 
 
+@pytest.mark.parametrize("filled", [False, True], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prompts", [2, 20])
-def test_half_precision(prompts: int, dtype: torch.dtype) -> None:
+def test_half_precision(prompts: int, dtype: torch.dtype, filled: bool) -> None:
     torch.manual_seed(0)
     leaves = inputs(4, prompts, 1, dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -291,9 +303,12 @@ def test_saved_bytes_do_not_grow_with_copies_of_the_prompts(tiny: Tiny, kind: st
     assert of_prompts < grown < 3.5 * of_prompts, f"{saved} bytes with {lengths} prompts"
 
 
+@pytest.mark.parametrize("filled", [False, True], indirect=True)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("length", [FEW_KEYS, FEW_KEYS + 1])
-def test_every_way_to_attend_to_a_prefix_gives_the_same_output_and_gradients(length: int, padded: bool) -> None:
+@pytest.mark.parametrize("length", [FEW_KEYS, FEW_KEYS + 1, FEW_KEYS + 5])
+def test_every_way_to_attend_to_a_prefix_gives_the_same_output_and_gradients(
+    length: int, padded: bool, filled: bool
+) -> None:
     """The first way is that of a GPU."""
     torch.manual_seed(0)
     leaves = query, key, value = [rand(IMAGES, HEADS, number, DIM) for number in (TOKENS, length, length)]
@@ -302,7 +317,7 @@ def test_every_way_to_attend_to_a_prefix_gives_the_same_output_and_gradients(len
     mask = valid_mask if padded else None
     weights = torch.randn(IMAGES, HEADS, TOKENS, DIM, dtype=torch.float64)
     results = []
-    for way in (sdpa, PrefixAttention.apply):
+    for way in (sdpa, prefix_attention):
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             with sdpa_kernel(backend):
                 output = way(query, key, value, mask)

@@ -13,7 +13,8 @@ those copies, and give the same output and gradients:
   No key is copied: all images, or all windows of an image, are one long batch of queries for the prompts. In the
   backward pass, each part has the gradient of its kernel at the output and ``l`` of both.
 
-Joined is faster for few prompts, apart for many, and where each window would need a copy.
+Joined is faster for few prompts, apart for many, and where each window would need a copy. Either way, hidden keys fill
+the last register of a row of scores, which the kernel would take number by number: 207 keys are slower than 208.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import has_torch_function
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LANES = 16  # numbers of float32 in a register of AVX-512
+MANY_SCORES = 2**13
 
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -93,11 +96,31 @@ def fused_attention(
     if prompt_key.stride(-1) != 1 or prompt_value.stride(-1) != 1:  # which the kernel takes for granted
         prompt_key, prompt_value = prompt_key.contiguous(), prompt_value.contiguous()
     apart = key.shape[0] != num_images or prompt_key.shape[2] >= key.shape[2]
-    inputs = query, key, value, prompt_key, prompt_value, mask, scale
+    prompt_mask = None
+    missing = count_missing(query, prompt_key.shape[2] + (0 if apart else key.shape[2]))
+    if missing:
+        prompt_key, prompt_value, prompt_mask = fill_registers(prompt_key, prompt_value, missing)
+    inputs = query, key, value, prompt_key, prompt_value, mask, prompt_mask, scale
     if torch.is_grad_enabled():
         output: Tensor = FusedAttention.apply(apart, *inputs)  # type: ignore[no-untyped-call]
         return output
     return (attend_apart if apart else attend_jointly)(*inputs)[0]
+
+
+def count_missing(query: Tensor, num_keys: int) -> int:
+    """The number of hidden keys to append, so that ``num_keys`` fill whole registers; 0 where that does not pay.
+
+    It pays from three numbers in each of many rows of scores (measured).
+    """
+    num_rows, rest = query.shape[:3].numel(), num_keys % LANES
+    return LANES - rest if rest > 2 and num_rows * rest > MANY_SCORES else 0
+
+
+def fill_registers(key: Tensor, value: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with ``missing`` more, and the additive mask ``(1, 1, 1, num_keys)`` that hides these."""
+    visible = key.new_zeros(1, 1, 1, key.shape[2])
+    key, value = (nn.functional.pad(part, (0, 0, 0, missing)) for part in (key, value))
+    return key, value, nn.functional.pad(visible, (0, missing), value=-torch.inf)
 
 
 def make_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,11 +137,12 @@ def attend_jointly(
     prompt_key: Tensor,
     prompt_value: Tensor,
     mask: Tensor | None,
+    prompt_mask: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and ``l`` of :func:`fused_attention`, with joined keys; the mask is additive."""
-    keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
-    output, total = attention(query, keys, values, attn_mask=padded, scale=scale)
+    """Output and ``l`` of :func:`fused_attention`, with joined keys; masks are additive."""
+    keys, values, joined_mask = _join(key, value, prompt_key, prompt_value, mask, prompt_mask)
+    output, total = attention(query, keys, values, attn_mask=joined_mask, scale=scale)
     return output, total
 
 
@@ -129,16 +153,19 @@ def attend_apart(
     prompt_key: Tensor,
     prompt_value: Tensor,
     mask: Tensor | None,
+    prompt_mask: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and ``l`` of :func:`fused_attention`, merged from two parts; the mask is additive."""
+    """Output and ``l`` of :func:`fused_attention`, merged from two parts; masks are additive."""
     output, total = attention(query, key, value, attn_mask=mask, scale=scale)
     if mask is not None and _may_be_zero(total):  # given for queries that see nothing of the image
         total = total.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
-    of_prompts = attention(share(query, prompt_key.shape[0]), prompt_key, prompt_value, scale=scale)
+    shared = share(query, prompt_key.shape[0])
+    of_prompts = attention(shared, prompt_key, prompt_value, attn_mask=prompt_mask, scale=scale)
     added, total_added = (unshare(part, query) for part in of_prompts)
     weight = torch.sigmoid(total - total_added).unsqueeze(-1)
-    return torch.lerp(added, output, weight.to(output.dtype)), torch.logaddexp(total, total_added)
+    torch.lerp(added, output, weight.to(output.dtype), out=output)
+    return output, torch.logaddexp(total, total_added)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -154,11 +181,13 @@ class FusedAttention(torch.autograd.Function):
         prompt_key: Tensor,
         prompt_value: Tensor,
         mask: Tensor | None,
+        prompt_mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
         attend = attend_apart if apart else attend_jointly
-        output, total = attend(query, key, value, prompt_key, prompt_value, mask, scale)
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, output, total)
+        inputs = query, key, value, prompt_key, prompt_value, mask, prompt_mask
+        output, total = attend(*inputs, scale)
+        ctx.save_for_backward(*inputs, output, total)
         ctx.apart, ctx.scale = apart, scale
         return output
 
@@ -167,7 +196,7 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved: tuple[Any, ...] = (*ctx.saved_tensors, ctx.scale)
         differentiate = differentiate_apart if ctx.apart else differentiate_joint
-        return None, *differentiate(gradient, *saved), None, None
+        return None, *differentiate(gradient, *saved), None, None, None
 
 
 def differentiate_joint(
@@ -178,14 +207,15 @@ def differentiate_joint(
     prompt_key: Tensor,
     prompt_value: Tensor,
     mask: Tensor | None,
+    prompt_mask: Tensor | None,
     output: Tensor,
     total: Tensor,
     scale: float | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of :func:`attend_jointly` at its first five arguments; it joins the keys again."""
-    keys, values, padded = _join(key, value, prompt_key, prompt_value, mask)
+    keys, values, joined_mask = _join(key, value, prompt_key, prompt_value, mask, prompt_mask)
     of_query, *of_joined = attention_backward(
-        gradient, query, keys, values, output, total, 0.0, False, attn_mask=padded, scale=scale
+        gradient, query, keys, values, output, total, 0.0, False, attn_mask=joined_mask, scale=scale
     )
     sizes = [key.shape[2], prompt_key.shape[2]]
     (of_key, of_prompt_key), (of_value, of_prompt_value) = (part.split(sizes, dim=2) for part in of_joined)
@@ -202,6 +232,7 @@ def differentiate_apart(
     prompt_key: Tensor,
     prompt_value: Tensor,
     mask: Tensor | None,
+    prompt_mask: Tensor | None,
     output: Tensor,
     total: Tensor,
     scale: float | None,
@@ -213,7 +244,7 @@ def differentiate_apart(
     rows = prompt_key.shape[0]
     gradient, shared, output, total = (share(part, rows) for part in (gradient, query, output, total))
     added, of_prompt_key, of_prompt_value = attention_backward(
-        gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, scale=scale
+        gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, attn_mask=prompt_mask, scale=scale
     )
     return of_query + unshare(added, query), of_key, of_value, of_prompt_key, of_prompt_value
 
@@ -244,11 +275,20 @@ def unshare(part: Tensor, query: Tensor) -> Tensor:
 
 
 def _join(
-    key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, mask: Tensor | None
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    mask: Tensor | None,
+    prompt_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The keys and values of image and prompts, and the mask for both."""
     num_rows = key.shape[0]
     if prompt_key.shape[0] != num_rows:
         prompt_key, prompt_value = (part.expand(num_rows, -1, -1, -1) for part in (prompt_key, prompt_value))
     keys, values = torch.cat((key, prompt_key), dim=2), torch.cat((value, prompt_value), dim=2)
-    return keys, values, None if mask is None else nn.functional.pad(mask, (0, prompt_key.shape[2]))
+    if mask is None:
+        return keys, values, None if prompt_mask is None else nn.functional.pad(prompt_mask, (key.shape[2], 0))
+    if prompt_mask is None:
+        return keys, values, nn.functional.pad(mask, (0, prompt_key.shape[2]))
+    return keys, values, torch.cat((mask, prompt_mask.expand(*mask.shape[:-1], -1)), dim=-1)
