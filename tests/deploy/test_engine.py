@@ -801,6 +801,40 @@ def test_close_answers_what_was_accepted_and_refuses_the_rest(
     assert engine.stats().queue_length == 0
 
 
+@pytest.mark.parametrize("name", ["answered", "failed"])
+def test_close_in_a_function_of_a_future_answers_what_was_accepted(
+    name: str, tasks: Tasks, six: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It runs in the thread that computes, or in the only one that loads adapters."""
+    folder = shutil.copytree(tasks.path(six[0]), tmp_path / "closing")
+    if name == "failed":
+        (folder / "adapter_model.safetensors").write_bytes(b"damaged")
+    images, closed, errors = some_images(4), threading.Event(), list[Exception]()
+
+    def close(_: Future[Any]) -> None:
+        try:
+            engine.close()
+        except Exception as error:
+            errors.append(error)
+        closed.set()
+
+    threads = set(threading.enumerate())
+    with held_loading(monkeypatch) as opened:
+        engine = Engine(vit(), max_batch=4, load_workers=1)
+        others = [engine.submit(image, tasks.path(task)) for task, image in zip(six[1:4], images[1:], strict=True)]
+        closing = engine.submit(images[0], folder)
+        closing.add_done_callback(close)
+        opened.set()
+        assert closed.wait(SOON) and not errors
+        for task, image, other in zip(six[1:4], images[1:], others, strict=True):
+            tasks.check(task, image, other.result(SOON))
+    engine.close()
+    assert isinstance(closing.exception(), CheckpointError if name == "failed" else type(None))
+    assert not {thread for thread in set(threading.enumerate()) - threads if "vpt-engine" in thread.name}
+    with pytest.raises(EngineClosedError):
+        engine.predict(images[0], tasks.path(six[0]))
+
+
 def test_close_ends_all_threads_and_gives_the_model_back(tasks: Tasks, six: list[str]) -> None:
     model, images = vit(), some_images(6)
     modules = {name: dict(vars(module)) for name, module in model.named_modules()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from concurrent.futures import Future
-from threading import Lock, Thread
+from threading import Lock, Thread, get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -165,11 +165,14 @@ class Engine:
         return self._scheduler.stats()
 
     def close(self) -> None:
-        """Refuses further requests, answers those that were accepted, stops all threads, and gives the model back."""
+        """Refuses further requests, answers those that were accepted, stops all threads, and gives the model back.
+
+        Called in a thread of the engine, such as by a function of a future that is done, it does not wait for that.
+        """
         self._scheduler.close()
-        self._thread.join()
-        self._scheduler.stop()
         atexit.unregister(self.close)
+        if get_ident() not in (self._thread.ident, *self._scheduler.threads):
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -193,6 +196,7 @@ class Engine:
                             scheduler.fail(request, error)
         finally:
             self._model.restore()
+            scheduler.stop()
 
 
 def _check_numbers(**numbers: object) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from threading import Condition
+from threading import Condition, get_ident
 from typing import Any
 
 from torch import Tensor
@@ -47,8 +47,9 @@ class Scheduler:
     ) -> None:
         self.loader, self.processors, self.num_channels = loader, processors, num_channels
         self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait, max_queue
-        self.load_pool = ThreadPoolExecutor(workers, "vpt-engine-load")
-        self.image_pool = ThreadPoolExecutor(workers, "vpt-engine-image")
+        self.threads: list[int] = []  # identifiers of those of the pools
+        self.load_pool = ThreadPoolExecutor(workers, "vpt-engine-load", self._add_thread)
+        self.image_pool = ThreadPoolExecutor(workers, "vpt-engine-image", self._add_thread)
         # Guards all that follows, and is notified when the computing thread may have something to do:
         self.changed = Condition()
         self.cache = AdapterCache(max_adapters)
@@ -56,6 +57,9 @@ class Scheduler:
         self.ready: deque[Request] = deque()
         self.unanswered = 0
         self.closing = False
+
+    def _add_thread(self) -> None:
+        self.threads.append(get_ident())
 
     def check_open(self) -> None:
         """Raises QueueFullError or EngineClosedError if no request can be accepted."""
