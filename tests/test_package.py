@@ -157,6 +157,7 @@ LAYERS = [
     "vpt_peft.injection.attention",
     "vpt_peft.injection.prefix_attention",
     "vpt_peft.injection.fused",
+    "vpt_peft.injection.joined",
     "vpt_peft.injection.masks",
     "vpt_peft.injection.overrides",
     "vpt_peft.injection.prompt_batch",

@@ -49,6 +49,7 @@ from ..backbones import Backbone, Layer
 from ..errors import RouteError, UnsupportedModelError
 from .context import ForwardContext, LayerContext, activate_alone, current_layer
 from .fused import fused_attention, is_fused, share, unshare
+from .joined import Joined, keep_parts
 from .masks import pad_mask
 from .overrides import AttributeProxy, ForwardOverride
 from .prefix_attention import prefix_attention
@@ -258,11 +259,15 @@ def attend_to_tokens(
         return output.transpose(1, 2), None
 
     mask = pad_mask(mask, key, batch.num_tokens, needs_output, batch.valid_mask)
-    key, value = batch.append(key, heads[0], num_images), batch.append(value, heads[1], num_images)
+    join = partial(batch.append, num_images=num_images)
+    image = (key, value, query)[: len(heads)]
+    joined = [Joined(join(*parts), join, parts) for parts in zip(image, heads, strict=True)]
+    with keep_parts(joined):
+        key, value, query = (*(one.tensor for one in joined), query)[:3]
+        output, weights = function(query, key, value, mask)
     if not needs_output:
-        return function(query, key, value, mask)
+        return output, weights
 
-    output, weights = function(batch.append(query, heads[2], num_images), key, value, mask)
     prompt_output = output[:, num_tokens:].flatten(2)
     if prompt_output.shape[0] != num_images:  # the mean over the windows of an image
         prompt_output = prompt_output.unflatten(0, (num_images, -1)).mean(1)
