@@ -49,7 +49,7 @@ def test_what_is_wrong_is_told_before_the_backbone_is_loaded(
     served = ["--model", "missing/model", "--adapters", adapters.folder]
     assert "neither an existing folder" in fails(capsys, "--model", "missing/model", "--adapters", tmp_path / "nothing")
     assert "cannot be read" in fails(capsys, *served, "--token-file", tmp_path / "nothing")
-    assert "must be a device of this machine" in fails(capsys, *served, "--device", "meow")
+    assert "must be auto, cpu or an accelerator" in fails(capsys, *served, "--device", "meow")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"must be a free address here, got 127.0.0.1:{port}" in fails(capsys, *served, "--port", port)

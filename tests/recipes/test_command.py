@@ -103,6 +103,7 @@ def test_a_device_that_there_is_not_is_told_before_anything_is_done(
     message = refused("train", "--device", device, "--output", tmp_path / "out")
     assert f"--device {device} is not available: torch {torch.__version__} finds cpu only here" in message
     assert "--device must be without a number, got cpu:0" in refused("train", "--device", "cpu:0")
+    assert "--device cpu:1 is not available: this machine has 1" in refused("train", "--device", "cpu:1")
     assert "--device must be auto, cpu or an accelerator" in refused("train", "--device", "gpu")
     assert not (tmp_path / "out").exists()
 

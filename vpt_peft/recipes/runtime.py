@@ -9,7 +9,7 @@ from .errors import RecipeError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of an option: "auto", or a type of device. Trainer always takes the first one of its type.
+    """The device of an option: "auto", or a device of this machine, as torch names it.
 
     Raises:
         RecipeError: this machine has no such device.
@@ -24,6 +24,15 @@ def choose_device(name: str) -> torch.device:
     if device.type != "cpu" and (own is None or device.type != own.type):
         found = f"cpu and {own.type}" if own else "cpu only"
         raise RecipeError(f"--device {name} is not available: torch {torch.__version__} finds {found} here.")
+    number = torch.accelerator.device_count() if device.type != "cpu" else 1
+    if device.index is not None and device.index >= number:
+        raise RecipeError(f"--device {name} is not available: this machine has {number}, counted from 0.")
+    return device
+
+
+def choose_first_device(name: str) -> torch.device:
+    """As :func:`choose_device`, for what runs in Trainer, which always takes the first device of its type."""
+    device = choose_device(name)
     if ":" in name:
         raise RecipeError(
             f"--device must be without a number, got {name}. Choose one of several GPUs by CUDA_VISIBLE_DEVICES="

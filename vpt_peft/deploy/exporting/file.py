@@ -292,9 +292,9 @@ def _trace(model: ExportedModel, inputs: Inputs) -> ExportedProgram:
         with quiet():
             return torch.export.export(model, example, dynamic_shapes=inputs.dynamic_shapes())
     except Exception as error:  # torch.export raises errors of many kinds
-        advice = "It may be exported with fixed shapes: batch_size=1."
+        advice = "It may be exported with fixed shapes: batch_size=1, --batch-size 1 on the command line."
         if inputs.image_size is None:
-            advice = 'Leave image_size="any" out: this backbone may be exported for one size of images only.'
+            advice = 'Leave image_size="any" (--image-size any) out: it may be exported for one size of images only.'
         raise AdapterError(
             f"torch.export cannot trace {type(model.model).__name__}. {advice} It said: {str(error)[:1000]}"
         ) from error

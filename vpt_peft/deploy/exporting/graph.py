@@ -94,9 +94,9 @@ class Normalization(nn.Module):
         super().__init__()
         self.factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
         normalizes = bool(getattr(processor, "do_normalize", False))
-        for name, value in (("mean", processor.image_mean), ("std", processor.image_std)):
-            default = 0.0 if name == "mean" else 1.0
-            channels = torch.as_tensor(value if normalizes else default, dtype=torch.float32).expand(num_channels)
+        for name, neutral in (("mean", 0.0), ("std", 1.0)):
+            value = getattr(processor, f"image_{name}") if normalizes else neutral
+            channels = torch.as_tensor(value, dtype=torch.float32).expand(num_channels)
             self.register_buffer(name, channels.clone().view(-1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ...deploy.engine import Engine
 from ...deploy.engine.backbone import load_backbone
 from ...deploy.server import ServerSettings, create_app, find_adapters, read_tokens
 from ..errors import RecipeError
-from ..runtime import silence_transformers
+from ..runtime import choose_device, silence_transformers
 
 SHUTDOWN_SECONDS = 60  # for requests in progress
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if not settings.tokens and not _is_loopback(args.host):
         warnings.warn(f"Anyone who reaches {args.host} can send requests: give --token-file.", stacklevel=2)
-    device = _choose_device(args.device)
+    device = choose_device(args.device)
     precision = {"dtype": torch.float32} if device.type == "cpu" else {}  # half precision is slow on a CPU
     with (
         _bind(args.host, args.port) as listener,
@@ -77,21 +77,6 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise RecipeError(f"--host and --port must be a free address here, got {host}:{port}: {error}") from error
     return listener
-
-
-def _choose_device(name: str) -> torch.device:
-    """The device of an option: "auto" is an accelerator, if there is one."""
-    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return own or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(
-            f"--device must be a device of this machine, such as {own or 'cpu'}, got {name}: {error}"
-        ) from error
-    return device
 
 
 def _is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from ...model import VPTModel
 from ...training import cache_features
 from ..errors import RecipeError
-from ..runtime import choose_device, choose_precision, silence_transformers
+from ..runtime import choose_first_device, choose_precision, silence_transformers
 from ..training.methods import Method
 from ..training.output import Report, Run
 from ..training.task import Task, display_name, set_defaults
@@ -147,7 +147,7 @@ def data_sets(args: argparse.Namespace, settings: Settings, task: Task, tuned: A
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The training settings of the command line, for the device that there is."""
-    device = choose_device(args.device)
+    device = choose_first_device(args.device)
     precision = choose_precision(args.precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("--precision fp16 needs an accelerator. Use bf16 or fp32 on a CPU.")
