@@ -3,7 +3,8 @@
     python benchmarks/overview.py --write
 
 The README compares the methods. Accuracy is the mean over the datasets with each method's default settings, at each
-image size; time and memory are those of ViT-B/16 with 50 prompts. docs/results.md has all measurements of time.
+image size; time and memory are those of ViT-B/16 with 50 prompts. docs/results.md has all measurements of time, and the
+guide to cached features what these save and cost.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import cached
 import speed
 from accuracy_tables import format_range, insert_table, mean
 from settings import ALL_METHODS, Run, find_runs, settings_of
@@ -82,9 +84,39 @@ def speed_tables(name: str) -> str:
     return "\n".join(map(speed.make_table, load_reports(name)))
 
 
+def cached_table() -> str:
+    """Times of ``cached.py``."""
+    return cached.make_table(json.loads((RESULTS / "cached-cpu.json").read_text(encoding="utf-8"))["reports"])
+
+
+def last_layers_table() -> str:
+    """Mean test accuracy of prompts in the last layers on cached features, and in all layers on pixels."""
+    on_pixels = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
+    on_features = json.loads((RESULTS / "last_layers.json").read_text(encoding="utf-8"))
+    names = list(dict.fromkeys(run["data"] for run in on_pixels))
+
+    def row(title: str, runs: Sequence[Run]) -> list[str]:
+        by_data = ([run for run in runs if run["data"] == name] for name in names)
+        return [title, *(f"{mean(own):.1f} ({len(own)})" for own in by_data)]
+
+    def on_all_layers(name: str) -> list[str]:
+        settings = {**settings_of(name, ALL_METHODS[name]), "image_size": SIZES[1], "validation": False}
+        return row(f"{ALL_METHODS[name].title}{', all layers' * (name != 'linear')}", find_runs(on_pixels, settings))
+
+    rows = [["Accuracy, % (seeds)", *names], on_all_layers("linear")]
+    methods = sorted({run["method"] for run in on_features})
+    for number in sorted({run["layers"] for run in on_features}):
+        for name in methods:
+            own = [run for run in on_features if (run["method"], run["layers"]) == (name, number)]
+            rows.append(row(f"{ALL_METHODS[name].title}, last {number} layers, cached", own))
+    return table([*rows, *map(on_all_layers, methods)])
+
+
 TABLES: dict[tuple[str, str], Callable[[], str]] = {  # by file and mark
     ("README.md", "overview"): overview,
     **{("docs/results.md", name): partial(speed_tables, name) for name in ("speed-cpu", "speed-h100")},
+    ("docs/guides/cached-features.md", "cached-cpu"): cached_table,
+    ("docs/guides/cached-features.md", "last-layers"): last_layers_table,
 }
 
 
