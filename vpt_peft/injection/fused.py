@@ -163,8 +163,8 @@ def attend_apart(
     shared = share(query, prompt_key.shape[0])
     of_prompts = attention(shared, prompt_key, prompt_value, attn_mask=prompt_mask, scale=scale)
     added, total_added = (unshare(part, query) for part in of_prompts)
-    weight = torch.sigmoid(total - total_added).unsqueeze(-1)
-    torch.lerp(added, output, weight.to(output.dtype), out=output)
+    weight_added = torch.sigmoid(total_added - total).unsqueeze(-1)
+    output.lerp_(added, weight_added.to(output.dtype))
     return output, torch.logaddexp(total, total_added)
 
 
