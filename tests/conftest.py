@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hub_server import HubServer
+from helpers.hub_server import BACKBONE, HubServer
 from helpers.torchvision_operators import declare_missing_operators
 from PIL import Image
 
@@ -50,6 +50,15 @@ def hub() -> Iterator[HubServer]:
     HUB.add_user("me", "hf_me")
     yield HUB
     HUB.check()
+
+
+@pytest.fixture
+def online(hub: HubServer, vit: Tiny, tmp_path: Path) -> Iterator[HubServer]:
+    """The Hub with a ViT on it, and the client logged in as "me"."""
+    vit.model.save_pretrained(tmp_path / "backbone")
+    hub.add_repo(BACKBONE, tmp_path / "backbone")
+    with hub.client(token="hf_me", cache=tmp_path / "cache"):
+        yield hub
 
 
 @pytest.fixture(scope="session", autouse=True)

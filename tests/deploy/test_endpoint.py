@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.hub_server import HubServer
+from helpers.hub_server import BACKBONE, HubServer
 from helpers.models import Tiny, move
 from helpers.served import PROCESSOR, encode, picture
 from huggingface_hub import snapshot_download
@@ -19,17 +18,8 @@ from transformers import AutoModelForImageClassification, ViTForMaskedImageModel
 
 from vpt_peft import AdapterError, PromptConfig, VPTError, VPTModel, __version__, get_vpt_model
 
-NAME, BACKBONE = "me/birds-vpt", "google/vit"
+NAME = "me/birds-vpt"
 ENDPOINT = {"handler.py", "requirements.txt"}
-
-
-@pytest.fixture
-def online(hub: HubServer, vit: Tiny, tmp_path: Path) -> Iterator[HubServer]:
-    """The Hub with a backbone on it, and the client logged in as "me"."""
-    vit.model.save_pretrained(tmp_path / "backbone")
-    hub.add_repo(BACKBONE, tmp_path / "backbone")
-    with hub.client(token="hf_me", cache=tmp_path / "cache"):
-        yield hub
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from urllib.parse import unquote, urlsplit
 
 from helpers.hub_repo import LFS_SUFFIX, HubError, Repo
 
+BACKBONE = "google/vit"  # the repository of the backbone of many tests
 EXTERNAL_SETTINGS = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.cards import run_code
-from helpers.hub_server import HubServer
+from helpers.hub_server import BACKBONE, HubServer
 from helpers.models import Tiny, logits, tiny_vit
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from vpt_peft import AutoVPTModel, CheckpointError, PromptConfig, VPTModel, get_vpt_model
 
-NAME, BACKBONE = "me/birds-vpt", "google/vit"
+NAME = "me/birds-vpt"
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PROCESSOR = "preprocessor_config.json"
-
-
-@pytest.fixture
-def online(hub: HubServer, vit: Tiny, tmp_path: Path) -> Iterator[HubServer]:
-    """The Hub with a backbone on it, and the client logged in as "me"."""
-    vit.model.save_pretrained(tmp_path / "backbone")
-    hub.add_repo(BACKBONE, tmp_path / "backbone")
-    with hub.client(token="hf_me", cache=tmp_path / "cache"):
-        yield hub
 
 
 @pytest.fixture

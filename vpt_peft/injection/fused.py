@@ -19,7 +19,7 @@ the last register of a row of scores, which the kernel would take number by numb
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +100,11 @@ def fused_attention(
     missing = count_missing(query, prompt_key.shape[2] + (0 if apart else key.shape[2]))
     if missing:
         prompt_key, prompt_value, prompt_mask = fill_registers(prompt_key, prompt_value, missing)
-    inputs = query, key, value, prompt_key, prompt_value, mask, prompt_mask, scale
+    inputs = Inputs(query, key, value, prompt_key, prompt_value, mask, prompt_mask, scale)
     if torch.is_grad_enabled():
         output: Tensor = FusedAttention.apply(apart, *inputs)  # type: ignore[no-untyped-call]
         return output
-    return (attend_apart if apart else attend_jointly)(*inputs)[0]
+    return (attend_apart if apart else attend_jointly)(inputs)[0]
 
 
 def count_missing(query: Tensor, num_keys: int) -> int:
@@ -130,33 +130,29 @@ def make_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def attend_jointly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    mask: Tensor | None,
-    prompt_mask: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and ``l`` of :func:`fused_attention`, with joined keys; masks are additive."""
-    keys, values, joined_mask = _join(key, value, prompt_key, prompt_value, mask, prompt_mask)
-    output, total = attention(query, keys, values, attn_mask=joined_mask, scale=scale)
+class Inputs(NamedTuple):
+    """What :func:`fused_attention` attends with, and to. Masks are additive."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prompt_key: Tensor
+    prompt_value: Tensor
+    mask: Tensor | None
+    prompt_mask: Tensor | None
+    scale: float | None
+
+
+def attend_jointly(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and ``l``, with joined keys."""
+    keys, values, mask = _join(inputs)
+    output, total = attention(inputs.query, keys, values, attn_mask=mask, scale=inputs.scale)
     return output, total
 
 
-def attend_apart(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    mask: Tensor | None,
-    prompt_mask: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and ``l`` of :func:`fused_attention`, merged from two parts; masks are additive."""
+def attend_apart(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and ``l``, merged from two parts."""
+    query, key, value, prompt_key, prompt_value, mask, prompt_mask, scale = inputs
     output, total = attention(query, key, value, attn_mask=mask, scale=scale)
     if mask is not None and _may_be_zero(total):  # given for queries that see nothing of the image
         total = total.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
@@ -172,81 +168,57 @@ class FusedAttention(torch.autograd.Function):
     """:func:`attend_apart` or :func:`attend_jointly`. It has no second derivative, and says so."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        apart: bool,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prompt_key: Tensor,
-        prompt_value: Tensor,
-        mask: Tensor | None,
-        prompt_mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
-        attend = attend_apart if apart else attend_jointly
-        inputs = query, key, value, prompt_key, prompt_value, mask, prompt_mask
-        output, total = attend(*inputs, scale)
-        ctx.save_for_backward(*inputs, output, total)
-        ctx.apart, ctx.scale = apart, scale
+    def forward(ctx: Any, apart: bool, *inputs: Any) -> Tensor:
+        output, total = (attend_apart if apart else attend_jointly)(Inputs(*inputs))
+        query, key, value, prompt_key, prompt_value, mask, prompt_mask, ctx.scale = inputs
+        ctx.differentiate = differentiate_apart if apart else differentiate_jointly
+        if not any(ctx.needs_input_grad[1:4]):  # as in the first layer, whose input no parameter has changed
+            ctx.differentiate = differentiate_prompts
+            key = value = mask = None
+        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, mask, prompt_mask, output, total)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved: tuple[Any, ...] = (*ctx.saved_tensors, ctx.scale)
-        differentiate = differentiate_apart if ctx.apart else differentiate_joint
-        return None, *differentiate(gradient, *saved), None, None, None
+        *tensors, output, total = ctx.saved_tensors
+        inputs = (*tensors, ctx.scale)
+        return None, *ctx.differentiate(Inputs(*inputs), output, total, gradient), None, None, None
 
 
-def differentiate_joint(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    mask: Tensor | None,
-    prompt_mask: Tensor | None,
-    output: Tensor,
-    total: Tensor,
-    scale: float | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of :func:`attend_jointly` at its first five arguments; it joins the keys again."""
-    keys, values, joined_mask = _join(key, value, prompt_key, prompt_value, mask, prompt_mask)
+def differentiate_jointly(inputs: Inputs, output: Tensor, total: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :func:`attend_jointly` at the first five inputs; it joins the keys again."""
+    keys, values, mask = _join(inputs)
     of_query, *of_joined = attention_backward(
-        gradient, query, keys, values, output, total, 0.0, False, attn_mask=joined_mask, scale=scale
+        gradient, inputs.query, keys, values, output, total, 0.0, False, attn_mask=mask, scale=inputs.scale
     )
-    sizes = [key.shape[2], prompt_key.shape[2]]
+    sizes = [inputs.key.shape[2], inputs.prompt_key.shape[2]]
     (of_key, of_prompt_key), (of_value, of_prompt_value) = (part.split(sizes, dim=2) for part in of_joined)
-    if prompt_key.shape[0] < key.shape[0]:
+    if inputs.prompt_key.shape[0] < inputs.key.shape[0]:
         of_prompt_key, of_prompt_value = (part.sum(0, keepdim=True) for part in (of_prompt_key, of_prompt_value))
     return of_query, of_key, of_value, of_prompt_key, of_prompt_value
 
 
-def differentiate_apart(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    mask: Tensor | None,
-    prompt_mask: Tensor | None,
-    output: Tensor,
-    total: Tensor,
-    scale: float | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of :func:`attend_apart` at its first five arguments. Each kernel is given output and ``l`` of both."""
+def differentiate_apart(inputs: Inputs, output: Tensor, total: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :func:`attend_apart` at the first five inputs. Each kernel is given output and ``l`` of both."""
+    query, key, value, *_, mask, _, scale = inputs
     of_query, of_key, of_value = attention_backward(
         gradient, query, key, value, output, total, 0.0, False, attn_mask=mask, scale=scale
     )
-    rows = prompt_key.shape[0]
-    gradient, shared, output, total = (share(part, rows) for part in (gradient, query, output, total))
-    added, of_prompt_key, of_prompt_value = attention_backward(
+    added, _, _, of_prompt_key, of_prompt_value = differentiate_prompts(inputs, output, total, gradient)
+    return of_query + added, of_key, of_value, of_prompt_key, of_prompt_value
+
+
+def differentiate_prompts(
+    inputs: Inputs, output: Tensor, total: Tensor, gradient: Tensor
+) -> tuple[Tensor, None, None, Tensor, Tensor]:
+    """The part of the gradients that is due to attention to prompts, given output and ``l`` of both."""
+    query, _, _, prompt_key, prompt_value, _, prompt_mask, scale = inputs
+    gradient, shared, output, total = (share(part, prompt_key.shape[0]) for part in (gradient, query, output, total))
+    of_query, of_prompt_key, of_prompt_value = attention_backward(
         gradient, shared, prompt_key, prompt_value, output, total, 0.0, False, attn_mask=prompt_mask, scale=scale
     )
-    return of_query + unshare(added, query), of_key, of_value, of_prompt_key, of_prompt_value
+    return unshare(of_query, query), None, None, of_prompt_key, of_prompt_value
 
 
 def _may_be_zero(total: Tensor) -> bool:
@@ -274,15 +246,9 @@ def unshare(part: Tensor, query: Tensor) -> Tensor:
     return tokens_first.reshape(query.shape[0], -1, *tokens_first.shape[2:]).transpose(1, 2)
 
 
-def _join(
-    key: Tensor,
-    value: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    mask: Tensor | None,
-    prompt_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _join(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """The keys and values of image and prompts, and the mask for both."""
+    _, key, value, prompt_key, prompt_value, mask, prompt_mask, _ = inputs
     num_rows = key.shape[0]
     if prompt_key.shape[0] != num_rows:
         prompt_key, prompt_value = (part.expand(num_rows, -1, -1, -1) for part in (prompt_key, prompt_value))
