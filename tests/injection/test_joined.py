@@ -14,7 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from vpt_peft import PromptConfig, VPTModel
 from vpt_peft.injection import attention
-from vpt_peft.injection.joined import Joined, keep_parts
+from vpt_peft.injection.joined import keep_parts
 
 CONFIGS: dict[str, dict[str, Any]] = {"deep": {}, "shallow": {"deep": False}}
 
@@ -30,8 +30,8 @@ def joined_tensors_kept() -> Iterator[list[torch.Size]]:
     """Gives the shapes of the keys."""
     shapes: list[torch.Size] = []
 
-    def keep_all(joined: Sequence[Joined]) -> AbstractContextManager[None]:
-        shapes.append(joined[0].tensor.shape)
+    def keep_all(joined: Sequence[Tensor], *_: Any) -> AbstractContextManager[None]:
+        shapes.append(joined[0].shape)
         return nullcontext()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -140,17 +140,30 @@ def test_hooks_that_are_there_already_see_all_that_is_kept(
     assert_same(gradients(vpt), expected, 0)
 
 
+def test_batches_of_images_by_vmap(tiny: Tiny) -> None:
+    vpt = tiny.prompted(5).train()
+    _, expected = step(vpt, tiny)
+    vpt.zero_grad()
+    logits = torch.func.vmap(lambda image: vpt(image.unsqueeze(0)).logits[0])(tiny.pixel_values)
+    torch.nn.functional.cross_entropy(logits, tiny.labels).backward()
+    assert_same(gradients(vpt), expected, 1e-6)
+
+
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, requires_grad=True)
+
+
+def join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
 
 
 def test_a_change_in_place_is_an_error() -> None:
     """As it is without hooks."""
     left, right = rows(3, 4) * 2, rows(2, 4) * 2
     factor = rows(5, 4)
-    joined = Joined(torch.cat([left, right]), lambda *parts: torch.cat(parts), (left, right))
-    with keep_parts([joined]):
-        product = (joined.tensor * factor).sum()
+    joined = join(left, right)
+    with keep_parts([joined], [(left, right)], join):
+        product = (joined * factor).sum()
     right.detach().add_(1)
     with pytest.raises(RuntimeError, match=r"A tensor \(2, 4\) .* was changed in place"):
         product.backward()
@@ -160,9 +173,9 @@ def test_second_derivatives_and_a_second_backward_pass() -> None:
     left, right, factor = rows(3, 4), rows(2, 4), rows(5, 4)
 
     def run() -> Tensor:
-        joined = Joined(torch.cat([left, right]), lambda *parts: torch.cat(parts), (left, right))
-        with keep_parts([joined]):
-            return (joined.tensor.T.square() @ factor).square().sum()
+        joined = join(left, right)
+        with keep_parts([joined], [(left, right)], join):
+            return (joined.T.square() @ factor).square().sum()
 
     first = torch.autograd.grad(run(), [left, right, factor], create_graph=True)
     found = torch.autograd.grad(sum(part.square().sum() for part in first), [left, right, factor])

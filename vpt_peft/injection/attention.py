@@ -49,7 +49,7 @@ from ..backbones import Backbone, Layer
 from ..errors import RouteError, UnsupportedModelError
 from .context import ForwardContext, LayerContext, activate_alone, current_layer
 from .fused import fused_attention, is_fused, share, unshare
-from .joined import Joined, keep_parts
+from .joined import keep_parts
 from .masks import pad_mask
 from .overrides import AttributeProxy, ForwardOverride
 from .prefix_attention import prefix_attention
@@ -259,11 +259,10 @@ def attend_to_tokens(
         return output.transpose(1, 2), None
 
     mask = pad_mask(mask, key, batch.num_tokens, needs_output, batch.valid_mask)
-    join = partial(batch.append, num_images=num_images)
-    image = (key, value, query)[: len(heads)]
-    joined = [Joined(join(*parts), join, parts) for parts in zip(image, heads, strict=True)]
-    with keep_parts(joined):
-        key, value, query = (*(one.tensor for one in joined), query)[:3]
+    parts = list(zip((key, value, query), heads, strict=False))
+    joined = [batch.append(*both, num_images) for both in parts]
+    with keep_parts(joined, parts, partial(batch.append, num_images=num_images)):
+        key, value, query = joined if needs_output else (*joined, query)
         output, weights = function(query, key, value, mask)
     if not needs_output:
         return output, weights

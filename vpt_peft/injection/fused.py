@@ -112,8 +112,8 @@ def count_missing(query: Tensor, num_keys: int) -> int:
 
     It pays from three numbers in each of many rows of scores (measured).
     """
-    num_rows, rest = query.shape[:3].numel(), num_keys % LANES
-    return LANES - rest if rest > 2 and num_rows * rest > MANY_SCORES else 0
+    rest = num_keys % LANES
+    return LANES - rest if rest > 2 and query.shape[:3].numel() * rest > MANY_SCORES else 0
 
 
 def fill_registers(key: Tensor, value: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:

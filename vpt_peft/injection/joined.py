@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,40 +14,40 @@ from torch.multiprocessing.reductions import StorageWeakRef
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
-class Joined(NamedTuple):
-    """``tensor = join(*parts)``."""
-
-    tensor: Tensor
-    join: Callable[[Tensor, Tensor], Tensor]
-    parts: tuple[Tensor, Tensor]
-
-
-def keep_parts(joined: Sequence[Joined]) -> AbstractContextManager[Any]:
+def keep_parts(
+    joined: Sequence[Tensor], parts: Sequence[tuple[Tensor, ...]], join: Callable[..., Tensor]
+) -> AbstractContextManager[Any]:
     """While it is open, where autograd would keep a joined tensor for the backward pass, it keeps its parts, and joins
     them again.
 
     Everything that is kept goes through the hooks that are there already, such as those of gradient checkpointing and
     of ``torch.autograd.graph.save_on_cpu``, of which PyTorch calls only the innermost. Compiled graphs decide for
     themselves what they keep; the transforms of ``torch.func`` permit no hooks.
+
+    Args:
+        joined: each is ``join(*its_parts)``.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return nullcontext()
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _may_hook():
         return nullcontext()
     outer: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
     keep, give_back = outer or (_Kept, _Kept.give_back)
-    by_storage = {StorageWeakRef(one.tensor.untyped_storage()): one for one in joined}
+    by_storage = {StorageWeakRef(one.untyped_storage()): its for one, its in zip(joined, parts, strict=True)}
 
     def pack(tensor: Tensor) -> Callable[[], Tensor]:
-        one = by_storage.get(StorageWeakRef(tensor.untyped_storage()))
-        if one is None:
-            kept = keep(tensor)
-            return lambda: give_back(kept)
-        join, parts = one.join, [keep(part) for part in one.parts]
+        its_parts = by_storage.get(StorageWeakRef(tensor.untyped_storage()))
+        kept = [keep(part) for part in its_parts or (tensor,)]
+        if its_parts is None:
+            return lambda: give_back(kept[0])
         layout = tensor.shape, tensor.stride(), tensor.storage_offset()
-        return lambda: join(*map(give_back, parts)).as_strided(*layout)
+        return lambda: join(*map(give_back, kept)).as_strided(*layout)
 
     return saved_tensors_hooks(pack, lambda unpack: unpack())
+
+
+def _may_hook() -> bool:
+    """Whether hooks for saved tensors are permitted, and tensors have a storage."""
+    is_enabled: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return is_enabled and not torch._C._are_functorch_transforms_active()
 
 
 class _Kept:
