@@ -251,11 +251,12 @@ def attend_to_tokens(
     needs_output = any([own.needs_output for own in prompts])
     names = "kvq" if needs_output else "kv"
     heads = [
-        layer.normalize(name, batch.split_heads(part, key)).to(key.dtype)
+        layer.normalize(name, batch.split_heads(part, key))
         for name, part in zip(names, project_prompts(context, names, batch, prompts), strict=True)
     ]
     if is_sdpa and not needs_output and batch.valid_mask is None and is_fused(query, key, value, mask):
-        output = fused_attention(query, key, value, heads[0], heads[1], mask, scaling, num_images)
+        prompt_key, prompt_value = (part.to(key.dtype) for part in heads)
+        output = fused_attention(query, key, value, prompt_key, prompt_value, mask, scaling, num_images)
         return output.transpose(1, 2), None
 
     mask = pad_mask(mask, key, batch.num_tokens, needs_output, batch.valid_mask)

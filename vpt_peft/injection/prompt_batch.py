@@ -60,7 +60,8 @@ class PromptBatch:
         Returns:
             ``(num_images · num_windows, num_heads, num_tokens + p, head_dim)``.
         """
-        heads = heads.to(image.dtype)
+        if heads.dtype != image.dtype:
+            heads = heads.to(image.dtype)
         num_rows = image.shape[0]
         if heads.shape[0] == 1 and torch.compiler.is_exporting():  # runtimes index faster than they expand
             heads = heads.index_select(0, torch.zeros(num_rows, dtype=torch.int64, device=heads.device))
@@ -82,8 +83,10 @@ class PromptBatch:
         """
         if self.prompt_index is not None:
             prompts = prompts[0].index_select(0, self.prompt_index.flatten()).view(*self.prompt_index.shape, -1)
+        if prompts.dtype != image.dtype:
+            prompts = prompts.to(image.dtype)
         num_images, num_tokens, _ = prompts.shape
-        return prompts.to(image.dtype).view(num_images, num_tokens, -1, image.shape[-1]).transpose(1, 2)
+        return prompts.view(num_images, num_tokens, -1, image.shape[-1]).transpose(1, 2)
 
 
 def gather_prefixes(context: LayerContext, device: torch.device) -> list[LayerPrompts]:
