@@ -63,6 +63,7 @@ BACKBONES: dict[str, tuple[type[PreTrainedModel], Any]] = {
         SwinConfig(**TINY, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4, patch_size=2),
     ),
 }
+NUM_LAYERS = {"narrow-vit": 12, "tiny-vit": 2, "tiny-swin": 4}  # of models whose time is that of Python
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WORK = ("inference", "training")
@@ -250,8 +251,9 @@ def measure(variants: Sequence[Variant], batch: int, args: argparse.Namespace) -
                 variant.seconds[work].append(round(seconds, 7))
 
 
-def make_rows(variants: Sequence[Variant], batch: int, num_layers: int) -> list[dict[str, Any]]:
-    """One row for each variant: milliseconds, ratios and memory."""
+def make_rows(variants: Sequence[Variant], batch: int, num_layers: int | None) -> list[dict[str, Any]]:
+    """One row for each variant: milliseconds, ratios and memory; with ``num_layers``, also the time above the bare
+    model's for each of them."""
     times = {(variant.name, work): variant.seconds.get(work) for variant in variants for work in WORK}
     bare, lora, full = (times.get(key) for key in (("bare", WORK[0]), ("lora", WORK[1]), ("full", WORK[1])))
     rows = []
@@ -282,8 +284,8 @@ def _ratio(times: Sequence[float] | None, others: Sequence[float] | None) -> flo
     return statistics.median(time / other for time, other in zip(times, others, strict=True))
 
 
-def _overhead(times: Sequence[float] | None, bare: Sequence[float] | None, num_layers: int) -> float | None:
-    if not times or not bare:
+def _overhead(times: Sequence[float] | None, bare: Sequence[float] | None, num_layers: int | None) -> float | None:
+    if not times or not bare or not num_layers:
         return None
     return 1e6 * statistics.median(time - other for time, other in zip(times, bare, strict=True)) / num_layers
 
@@ -380,9 +382,7 @@ def make_report(backbone: str, batch: int, args: argparse.Namespace) -> dict[str
         for variant in variants
         if variant.seconds
     ]
-    config = BACKBONES[backbone][1]
-    num_layers = sum(getattr(config, "depths", ())) or getattr(config, "num_hidden_layers", 12)
-    rows = make_rows(variants, batch, num_layers)
+    rows = make_rows(variants, batch, NUM_LAYERS.get(backbone))
     del variants
     gc.collect()
     torch.compiler.reset()
