@@ -108,6 +108,22 @@ def test_gradients_of_some_inputs_alone(prompts: int, trained: list[int]) -> Non
 
 
 @pytest.mark.parametrize("prompts", [2, 20])
+@pytest.mark.parametrize("trained", [[3, 4], [0, 3, 4]])
+def test_keys_and_values_of_an_image_that_needs_no_gradients_are_not_kept(trained: list[int], prompts: int) -> None:
+    leaves = [leaf.detach().requires_grad_(index in trained) for index, leaf in enumerate(inputs(1, prompts, 1))]
+    kept: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attend(leaves)
+    of_image = [leaf.untyped_storage().data_ptr() in kept for leaf in leaves[:3]]
+    assert of_image == [True, 0 in trained, 0 in trained]
+
+
+@pytest.mark.parametrize("prompts", [2, 20])
 def test_a_second_derivative_is_refused(prompts: int) -> None:
     leaves = inputs(1, prompts, 1)
     output = attend(leaves)
