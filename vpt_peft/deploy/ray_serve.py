@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
@@ -122,12 +121,7 @@ class EngineHandle:
 
     def stats(self) -> EngineStats:
         """The sums over all replicas; of latencies, the largest of the replicas' percentiles."""
-        end = time.monotonic() + STATS_SECONDS
-        while True:
-            stats = self._handle.broadcast("stats").results(timeout_s=STATS_SECONDS)
-            if stats or time.monotonic() > end:
-                return add_stats(stats)
-            time.sleep(0.05)  # a new handle is told the replicas a moment later
+        return add_stats(self._handle.broadcast("stats").results(timeout_s=STATS_SECONDS))
 
     async def _ask(self, image: Any, adapter: str, revision: str | None, top_k: int | None) -> Prediction:
         preferred = self._handle.options(multiplexed_model_id=_key(adapter, revision))
