@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cached
 import speed
@@ -49,9 +50,9 @@ def accuracy(runs: Sequence[Run], name: str, image_size: int) -> str:
     return f"{statistics.mean(map(mean, by_data.values())):.1f}"
 
 
-def load_reports(name: str) -> list[Run]:
-    """The reports of ``speed.py`` in a file."""
-    return list(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+def load(name: str) -> Any:
+    """The runs or reports in a file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def cost(reports: Sequence[Run], name: str) -> tuple[str, str, str]:
@@ -66,8 +67,7 @@ def cost(reports: Sequence[Run], name: str) -> tuple[str, str, str]:
 
 def overview() -> str:
     """One row for each method."""
-    runs = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
-    reports = load_reports("speed-cpu")
+    runs, reports = load("accuracy"), load("speed-cpu")
     sizes = [f"{size} px" for size in SIZES]
     rows = [("Method", *sizes, "Trained parameters", "Inference", "Step", "Memory", "Mixed batches", "Choose it")]
     for name, (variant, mixes, advice) in ADVICE.items():
@@ -81,18 +81,17 @@ def overview() -> str:
 
 def speed_tables(name: str) -> str:
     """All tables of a file of ``speed.py``."""
-    return "\n".join(map(speed.make_table, load_reports(name)))
+    return "\n".join(map(speed.make_table, load(name)))
 
 
 def cached_table() -> str:
     """Times of ``cached.py``."""
-    return cached.make_table(json.loads((RESULTS / "cached-cpu.json").read_text(encoding="utf-8"))["reports"])
+    return cached.make_table(load("cached-cpu")["reports"])
 
 
 def last_layers_table() -> str:
     """Mean test accuracy of prompts in the last layers on cached features, and in all layers on pixels."""
-    on_pixels = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
-    on_features = json.loads((RESULTS / "last_layers.json").read_text(encoding="utf-8"))
+    on_pixels, on_features = load("accuracy"), load("last_layers")
     names = list(dict.fromkeys(run["data"] for run in on_pixels))
 
     def row(title: str, runs: Sequence[Run]) -> list[str]:

@@ -63,7 +63,7 @@ BACKBONES: dict[str, tuple[type[PreTrainedModel], Any]] = {
         SwinConfig(**TINY, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4, patch_size=2),
     ),
 }
-NUM_LAYERS = {"narrow-vit": 12, "tiny-vit": 2, "tiny-swin": 4}  # of models whose time is that of Python
+PYTHON_BOUND = ("narrow-vit", "tiny-vit", "tiny-swin")  # whose time is that of Python
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WORK = ("inference", "training")
@@ -382,7 +382,9 @@ def make_report(backbone: str, batch: int, args: argparse.Namespace) -> dict[str
         for variant in variants
         if variant.seconds
     ]
-    rows = make_rows(variants, batch, NUM_LAYERS.get(backbone))
+    config = BACKBONES[backbone][1]
+    num_layers = sum(getattr(config, "depths", ())) or getattr(config, "num_hidden_layers", 12)
+    rows = make_rows(variants, batch, num_layers if backbone in PYTHON_BOUND else None)
     del variants
     gc.collect()
     torch.compiler.reset()

@@ -140,6 +140,30 @@ def gradients(vpt: VPTModel) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
 
 
+def step(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of one training step."""
+    vpt.zero_grad()
+    output = vpt(tiny.pixel_values.to(vpt.dtype), labels=tiny.labels)
+    output.loss.backward()
+    return output.logits.detach(), gradients(vpt)
+
+
+def saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that a call keeps for the backward pass, each storage once, parameters of the model left out."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
     """Same keys, and values within an absolute tolerance."""
     assert ours.keys() == theirs.keys() and ours

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import BUILDERS, Tiny, assert_same, gradients
+from helpers.models import BUILDERS, Tiny, assert_same, saved_bytes, step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 
-from vpt_peft import PromptConfig, VPTModel
+from vpt_peft import PromptConfig
 from vpt_peft.injection import fused
 from vpt_peft.injection.fused import fused_attention, is_fused, share, unshare
 from vpt_peft.injection.prefix_attention import FEW_KEYS, prefix_attention, sdpa
@@ -189,13 +190,6 @@ def test_shared_queries_are_no_copy_of_those_of_a_linear_layer() -> None:
         assert torch.equal(unshare(shared, query), query)
 
 
-def step(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
-    vpt.zero_grad()
-    output = vpt(tiny.pixel_values.to(vpt.dtype), labels=tiny.labels)
-    output.loss.backward()
-    return output.logits.detach(), gradients(vpt)
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways that were taken."""
@@ -290,30 +284,14 @@ def test_dropout_of_the_attention_and_other_implementations_are_as_they_were(tin
     assert not calls
 
 
-def saved_bytes(vpt: VPTModel, tiny: Tiny) -> int:
-    """Bytes kept for the backward pass, each storage once, parameters left out."""
-    kept: dict[int, int] = {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in vpt.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = vpt(tiny.pixel_values, labels=tiny.labels)
-    del output
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("kind", ["token", "prefix"])
 def test_saved_bytes_do_not_grow_with_copies_of_the_prompts(tiny: Tiny, kind: str) -> None:
     """What grows is kept once for all images and windows: about as much as the prompts, times two or three."""
     lengths, saved = (20, 120), []
     for length in lengths:
         other = BUILDERS[tiny.name]()
-        saved.append(saved_bytes(other.prompted(length, kind=kind).train(), other))
+        vpt = other.prompted(length, kind=kind).train()
+        saved.append(saved_bytes(vpt, partial(vpt, other.pixel_values, labels=other.labels)))
     widths = [layer.width for layer in tiny.prompted(1).backbone.layers]
     grown, of_prompts = saved[1] - saved[0], 4 * (lengths[1] - lengths[0]) * sum(widths)
     assert of_prompts < grown < 3.5 * of_prompts, f"{saved} bytes with {lengths} prompts"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import BUILDERS, Tiny, assert_same, gradients
+from helpers.models import BUILDERS, Tiny, assert_same, gradients, saved_bytes, step
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
@@ -39,27 +39,8 @@ def joined_tensors_kept() -> Iterator[list[torch.Size]]:
         yield shapes
 
 
-def step(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
-    vpt.zero_grad()
-    output = vpt(tiny.pixel_values, labels=tiny.labels)
-    output.loss.backward()
-    return output.logits.detach(), gradients(vpt)
-
-
 def count_kept(vpt: VPTModel, tiny: Tiny) -> int:
-    """Bytes kept for the backward pass, each storage once, parameters left out."""
-    kept: dict[int, Tensor] = {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in vpt.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = vpt(tiny.pixel_values, labels=tiny.labels)
-    del output
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return saved_bytes(vpt, lambda: vpt(tiny.pixel_values, labels=tiny.labels))
 
 
 def test_kept_bytes_do_not_grow_with_copies_of_the_prompts(tiny: Tiny) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.invariants import on_backbones
-from helpers.models import Tiny, assert_same, gradients, logits
+from helpers.models import Tiny, assert_same, gradients, logits, saved_bytes
 from packaging.version import Version
 from torch._dynamo.utils import counters
 
@@ -48,20 +48,6 @@ def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     assert difference < 0.05 * norm, f"difference {difference}, norm {norm}"
 
 
-def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes kept for the backward pass, each storage once."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run()
-    return sum(storages.values())
-
-
 @on_backbones({**CONFIGS, "dropout": {"dropout": 0.5}}, ("deep", "shallow", "dropout"))
 def test_gradient_checkpointing_gives_identical_gradients(tiny: Tiny, config: dict[str, Any]) -> None:
     vpt = tiny.prompted(**config).train()
@@ -79,9 +65,9 @@ def test_gradient_checkpointing_gives_identical_gradients(tiny: Tiny, config: di
 def test_gradient_checkpointing_saves_memory(tiny: Tiny, deep: bool) -> None:
     vpt = tiny.prompted(deep=deep).train()
     outputs = []
-    plain = saved_bytes(lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
+    plain = saved_bytes(vpt, lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
     vpt.activation_checkpointing_enable()
-    checkpointed = saved_bytes(lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
+    checkpointed = saved_bytes(vpt, lambda: outputs.append(vpt(tiny.pixel_values, labels=tiny.labels)))
     assert checkpointed * 4 < plain, f"{checkpointed} bytes with checkpointing, {plain} without"
 
 

@@ -29,7 +29,7 @@ from torch.overrides import has_torch_function
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LANES = 16  # numbers of float32 in a register of AVX-512
-MANY_SCORES = 2**13
+MANY_SCORES = 2**13  # from so many that fill no register on, it pays to fill it
 
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
