@@ -22,7 +22,7 @@ import pytest
 import torch
 import transformers
 from helpers.hub_server import HubServer
-from helpers.models import BUILDERS, VIT, move, tiny_beit_segmenter, tiny_swin, tiny_vit
+from helpers.models import BUILDERS, VIT, move, tiny_beit, tiny_beit_segmenter, tiny_swin, tiny_vit
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTModel
@@ -867,6 +867,22 @@ def test_a_vpt_model_keeps_its_own_adapters(tasks: Tasks, six: list[str]) -> Non
     assert all(parameter.requires_grad for parameter in vpt.adapters["other"].parameters())
     with torch.no_grad():
         assert torch.equal(vpt(images).logits, before)
+
+
+def test_backbones_of_the_same_process_can_be_trained_afterwards(tmp_path: Path) -> None:
+    """transformers keeps the indices of BEiT's position bias for all models of the process with as many patches."""
+
+    def build() -> PreTrainedModel:
+        return tiny_beit(image_size=56).model  # of a size that no other test has
+
+    name = Tasks(tmp_path, build).add("task", {"num_tokens": 3})
+    images = some_images(1, 56)
+    with Engine(build()) as engine:
+        engine.predict(images[0], name)
+    model = build()
+    model(images).logits.sum().backward()
+    bias = model.get_parameter("beit.shared_position_bias.relative_position_bias_table")
+    assert bias.grad is not None and bias.grad.any()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -207,9 +207,10 @@ def test_gradient_checkpointing_where_it_breaks_a_compiled_graph(vit: Tiny, conf
 
 def test_inference_mode(tiny: Tiny) -> None:
     vpt = tiny.prompted(deep=False)
+    expected = logits(vpt, tiny.pixel_values)
     with torch.inference_mode():
         ours = vpt(tiny.pixel_values).logits
-    assert torch.equal(ours, logits(vpt, tiny.pixel_values))
+    assert torch.equal(ours, expected)
 
 
 def test_the_bias_of_a_layer_norm_has_a_gradient_where_pytorch_gives_none(

@@ -54,7 +54,7 @@ class PassCosts:
 ALWAYS_MIX, NEVER_MIX = PassCosts(1.0, 0.0), PassCosts(0.0, 1.0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_costs(vpt: VPTModel) -> PassCosts:
     """Measures the costs on black images, with new adapters of 10 prompts in each layer, in rounds of three passes.
 

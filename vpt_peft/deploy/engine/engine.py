@@ -186,7 +186,8 @@ class Engine:
         """The computing thread."""
         scheduler, runner = self._scheduler, self._runner
         try:
-            with torch.inference_mode(), self._model.vpt.serving():
+            # Not inference_mode: transformers keeps BEiT's indices for the process, whose other models may train.
+            with torch.no_grad(), self._model.vpt.serving():
                 while batch := scheduler.next_batch(runner.remove):
                     requests = [request for request in batch if not scheduler.drop_cancelled(request)]
                     try:

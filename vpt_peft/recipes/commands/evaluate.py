@@ -52,7 +52,7 @@ def evaluate(tuned: Tuned, rows: Dataset, batch_size: int, device: torch.device,
         to_inputs(rows, tuned.processor, ignore_index=ignore_index),
         batch_size,
     )
-    with torch.inference_mode():
+    with torch.no_grad():
         for index, batch in enumerate(tqdm(batches, desc="Evaluating", unit="batch", leave=False)):
             logits = tuned.model(pixel_values=batch["pixel_values"].to(device)).logits.cpu()
             predictions = predicted_labels(logits, batch["labels"])

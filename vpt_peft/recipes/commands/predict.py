@@ -144,7 +144,7 @@ def load_others(first: Tuned, others: Sequence[str]) -> None:
 # -- predictions ------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     tuned: Tuned, names: dict[str, str], files: Sequence[str], args: argparse.Namespace, device: torch.device
 ) -> list[Prediction]:

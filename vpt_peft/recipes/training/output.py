@@ -266,7 +266,7 @@ class Report:
         rows = rows.select(np.linspace(0, len(rows) - 1, min(MAX_PICTURES, len(rows))).astype(int))
         inputs = self.task.for_testing(rows)[:]
         masks = torch.stack(inputs["labels"])
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model.eval()(pixel_values=inputs["pixel_values"].to(self.settings.device)).logits
         height, width = self.task.size
         images = np.stack([np.array(image.convert("RGB").resize((width, height))) for image in rows[IMAGE]])
