@@ -268,11 +268,11 @@ def attend_to_tokens(
     if not needs_output:
         return output, weights
 
-    prompt_output = output[:, num_tokens:].flatten(2)
+    prompt_output = output.narrow(1, num_tokens, batch.num_tokens).flatten(2)
     if prompt_output.shape[0] != num_images:  # the mean over the windows of an image
         prompt_output = prompt_output.unflatten(0, (num_images, -1)).mean(1)
     finish_prompts(context, prompts, prompt_output)
-    return output[:, :num_tokens], weights if weights is None else weights[:, :, :num_tokens]
+    return output.narrow(1, 0, num_tokens), weights if weights is None else weights[:, :, :num_tokens]
 
 
 def project_prompts(
@@ -322,7 +322,7 @@ def finish_prompts(context: LayerContext, prompts: Sequence[LayerPrompts], atten
     layer = context.layer
     for own in prompts:
         if own.needs_output:
-            attended = own.batch.select(attention_output)[:, : own.tokens.shape[1]]
+            attended = own.batch.select(attention_output).narrow(1, 0, own.tokens.shape[1])
             with activate_alone(context.forward, own.batch):
                 context.prompts_out[own.index] = layer.finish(own.tokens, layer.part("o_proj")(attended))
 
