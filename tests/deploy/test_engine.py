@@ -541,7 +541,8 @@ def test_adapters_that_waiting_requests_need_stay(tasks: Tasks, six: list[str]) 
         assert len(engine.tasks()) == engine.stats().adapters == 2
     with Engine(vit(), max_adapters=1, max_batch=2, max_wait_ms=FOREVER) as engine:
         future = engine.submit(images[0], tasks.path(six[0]))
-        engine.preload(tasks.path(six[1])).result(SOON)
+        for name in six[:2]:
+            engine.preload(tasks.path(name)).result(SOON)
         assert engine.tasks() == [tasks.path(six[0])] and not future.done()
 
 
