@@ -146,6 +146,21 @@ def test_every_trained_tensor_gets_a_gradient(family: Family) -> None:
 
 
 @each_family()
+def test_prompts_train_after_passes_in_inference_mode(family: Family) -> None:
+    """Nothing that such a pass has computed is used in training, for which PyTorch refuses it."""
+    arguments = {**family.arguments(some_images()), **family.training_inputs}
+    with torch.no_grad():
+        family.bare()(**arguments)  # transformers keeps Data2Vec's indices of the first pass for all other tests too
+    vpt = get_vpt_model(family.bare(), PromptConfig(num_tokens=3, bias="all"))
+    with torch.inference_mode():
+        vpt.eval()(**arguments)
+        with vpt.serving():
+            vpt(**arguments)
+    total(vpt.train()(**arguments)).backward()
+    assert any(parameter.grad is not None for parameter in vpt.adapters["default"].prompts.parameters())
+
+
+@each_family()
 def test_a_mixed_batch_agrees_with_one_call_for_each_task(family: Family) -> None:
     vpt = family.prompted()
     labels = {"num_labels": NUM_LABELS - 2} if family.classifier else {}
