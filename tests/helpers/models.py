@@ -148,6 +148,15 @@ def step(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
     return output.logits.detach(), gradients(vpt)
 
 
+def loss_and_gradients(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one training step, dropout drawn alike each time."""
+    torch.manual_seed(2)
+    vpt.zero_grad()
+    loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
+    loss.backward()
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
+
+
 def saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
     """Bytes that a call keeps for the backward pass, each storage once, parameters of the model left out."""
     kept: dict[int, torch.UntypedStorage] = {}

@@ -12,7 +12,17 @@ import pytest
 import torch
 import transformers
 from helpers.invariants import assert_unchanged, on_backbones, snapshot, train_a_little
-from helpers.models import SEGMENTERS, VIT, Tiny, assert_same, gradients, logits, tiny_swin, tiny_vit
+from helpers.models import (
+    SEGMENTERS,
+    VIT,
+    Tiny,
+    assert_same,
+    gradients,
+    logits,
+    loss_and_gradients,
+    tiny_swin,
+    tiny_vit,
+)
 from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import ViTConfig, ViTForMaskedImageModeling
@@ -58,15 +68,6 @@ def fitting(tiny: Tiny, **config: Any) -> Tiny:
     border = BORDER if config.get("location") == "border" else 0
     size = tiny.pixel_values.shape[-1] - border
     return replace(tiny, pixel_values=tiny.pixel_values[..., border:size, border:size])
-
-
-def step(vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of one training step, dropout drawn alike each time."""
-    torch.manual_seed(2)
-    vpt.zero_grad()
-    loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
-    loss.backward()
-    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
 
 
 # -- what prompts do at each location -------------------------------------------------------------------------------
@@ -234,9 +235,9 @@ def test_a_reloaded_adapter_agrees_bit_for_bit(
 def test_gradient_checkpointing_gives_identical_gradients(tiny: Tiny, config: dict[str, Any]) -> None:
     vpt, fit = prompted(tiny, **config, dropout=0.5)
     vpt.train()
-    loss, expected = step(vpt, fit)
+    loss, expected = loss_and_gradients(vpt, fit)
     vpt.gradient_checkpointing_enable()
-    checkpointed_loss, checkpointed = step(vpt, fit)
+    checkpointed_loss, checkpointed = loss_and_gradients(vpt, fit)
     assert torch.equal(loss, checkpointed_loss)
     assert_same(checkpointed, expected)
 
@@ -277,7 +278,7 @@ def test_compiled_graphs_have_no_breaks(tiny: Tiny, config: dict[str, Any]) -> N
     compiled = torch.compile(vpt, fullgraph=True, dynamic=False, backend="aot_eager")
     counters.clear()
     for _ in range(2):
-        loss, expected = step(vpt, fit)
+        loss, expected = loss_and_gradients(vpt, fit)
         vpt.zero_grad()
         compiled_loss = compiled(fit.pixel_values, labels=fit.labels).loss
         compiled_loss.backward()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.invariants import on_backbones
-from helpers.models import Tiny, assert_same, gradients, logits, saved_bytes
+from helpers.models import Tiny, assert_same, gradients, logits, loss_and_gradients, saved_bytes
 from packaging.version import Version
 from torch._dynamo.utils import counters
 
@@ -29,15 +29,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 each_config = on_backbones(CONFIGS, ("deep", "shallow", "pooled", "prefix"))
 
 
-def step(vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of one training step, dropout drawn alike each time."""
-    torch.manual_seed(2)
-    vpt.zero_grad()
-    loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
-    loss.backward()
-    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
-
-
 def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     """Same keys, and the difference of all tensors together within 5 % of their norm."""
     assert ours.keys() == theirs.keys() and ours
@@ -51,14 +42,14 @@ def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 @on_backbones({**CONFIGS, "dropout": {"dropout": 0.5}}, ("deep", "shallow", "dropout"))
 def test_gradient_checkpointing_gives_identical_gradients(tiny: Tiny, config: dict[str, Any]) -> None:
     vpt = tiny.prompted(**config).train()
-    loss, expected = step(vpt, tiny)
+    loss, expected = loss_and_gradients(vpt, tiny)
     vpt.gradient_checkpointing_enable()
-    checkpointed_loss, checkpointed = step(vpt, tiny)
+    checkpointed_loss, checkpointed = loss_and_gradients(vpt, tiny)
     assert torch.equal(loss, checkpointed_loss)
     assert_same(checkpointed, expected)
     assert not any(module.training for module in tiny.model.modules())
     vpt.gradient_checkpointing_disable()
-    assert_same(step(vpt, tiny)[1], expected)
+    assert_same(loss_and_gradients(vpt, tiny)[1], expected)
 
 
 @pytest.mark.parametrize("deep", [True, False])
@@ -81,9 +72,9 @@ def test_reentrant_checkpointing_is_refused(tiny: Tiny) -> None:
 @each_config
 def test_autocast(tiny: Tiny, config: dict[str, Any]) -> None:
     vpt = tiny.prompted(**config).train()
-    loss, expected = step(vpt, tiny)
+    loss, expected = loss_and_gradients(vpt, tiny)
     with torch.autocast("cpu", torch.bfloat16):
-        autocast_loss, autocast = step(vpt, tiny)
+        autocast_loss, autocast = loss_and_gradients(vpt, tiny)
     torch.testing.assert_close(autocast_loss, loss, atol=0.05, rtol=0)
     assert_near(autocast, expected)
 
@@ -92,13 +83,13 @@ def test_autocast(tiny: Tiny, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_backbones(tiny: Tiny, config: dict[str, Any], dtype: torch.dtype) -> None:
     vpt = tiny.prompted(**config).train()
-    loss, expected = step(vpt, tiny)
+    loss, expected = loss_and_gradients(vpt, tiny)
     state = {name: tensor.clone() for name, tensor in vpt.adapters["default"].state_dict().items()}
     vpt.unload().to(dtype)
     vpt = tiny.prompted(**config).train()
     vpt.adapters["default"].load_state_dict(state)
     assert {parameter.dtype for parameter in vpt.adapters.parameters()} == {torch.float32}
-    half_loss, half = step(vpt, replace(tiny, pixel_values=tiny.pixel_values.to(dtype)))
+    half_loss, half = loss_and_gradients(vpt, replace(tiny, pixel_values=tiny.pixel_values.to(dtype)))
     torch.testing.assert_close(half_loss, loss, atol=0.05, rtol=0)
     assert_near(half, expected)
 
@@ -116,7 +107,7 @@ def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change
     compiled = torch.compile(vpt, fullgraph=True, dynamic=False, backend="aot_eager")
     counters.clear()
     for _ in range(2):
-        loss, expected = step(vpt, tiny)
+        loss, expected = loss_and_gradients(vpt, tiny)
         compiled_loss, ours = _compiled_step(compiled, vpt, tiny)
         torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
         assert_same(ours, expected, 1e-5)
@@ -186,10 +177,10 @@ def test_where_a_graph_breaks_images_of_many_tasks_see_their_own_adapters(vit: T
 @pytest.mark.heavy
 def test_layers_compiled_one_by_one_see_the_adapter(vit: Tiny, config: dict[str, Any]) -> None:
     vpt = _stirred(vit.prompted(**config)).train()
-    loss, expected = step(vpt, vit)
+    loss, expected = loss_and_gradients(vpt, vit)
     for layer in vpt.backbone.layers:
         layer.module.compile(backend="eager")
-    compiled_loss, ours = step(vpt, vit)
+    compiled_loss, ours = loss_and_gradients(vpt, vit)
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
     assert_same(ours, expected, 1e-5)
 
@@ -198,7 +189,7 @@ def test_layers_compiled_one_by_one_see_the_adapter(vit: Tiny, config: dict[str,
 @pytest.mark.heavy
 def test_gradient_checkpointing_where_it_breaks_a_compiled_graph(vit: Tiny, config: dict[str, Any]) -> None:
     vpt = _stirred(vit.prompted(**config)).train()
-    loss, expected = step(vpt, vit)
+    loss, expected = loss_and_gradients(vpt, vit)
     vpt.gradient_checkpointing_enable()
     compiled_loss, ours = _compiled_step(torch.compile(vpt, backend="aot_eager"), vpt, vit)
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
@@ -222,7 +213,7 @@ def test_the_bias_of_a_layer_norm_has_a_gradient_where_pytorch_gives_none(
         monkeypatch.setattr(overrides, "lacks_bias_gradient", lambda tokens, apart=apart: apart)
         other = new()
         vpt = other.prompted(bias="all").train()
-        results.append(step(vpt, other))
+        results.append(loss_and_gradients(vpt, other))
     (loss, fused), (other_loss, added) = results
     torch.testing.assert_close(loss, other_loss, atol=1e-6, rtol=0)
     assert_same(fused, added, tolerance=1e-5)
