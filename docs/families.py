@@ -29,7 +29,7 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str]] = {
     "Swin": (("swin",), ""),
     "Swin V2": (("swinv2",), "prompts have the position bias of an MLP output of zero"),
     "Hiera": (("hiera",), ""),
-    "BEiT": (("beit",), 'compiling it needs transformers 5.23 or `attn_implementation="eager"`'),
+    "BEiT": (("beit",), ""),
     "Data2Vec": (("data2vec-vision",), ""),
     "Sapiens2": (("sapiens2",), ""),
     "UperNet": (("upernet",), ""),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,6 +83,41 @@ def test_gradients_agree_with_concatenating(bias: dict[str, Any]) -> None:
     by_definition = concatenated(tiny_beit(**bias).model, vpt, tiny.pixel_values, deep=False)
     (expected,) = torch.autograd.grad(by_definition.sin().sum(), prompts)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+class Logits(nn.Module):
+    """A model whose output is a tensor, as ``torch.jit.trace`` needs it."""
+
+    def __init__(self, vpt: VPTModel) -> None:
+        super().__init__()
+        self.vpt = vpt
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.vpt(pixel_values).logits  # type: ignore[no-any-return]
+
+
+def jit_trace(model: nn.Module, images: Tensor) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return torch.jit.trace(model, images, check_trace=False)
+
+
+TRACERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "export": lambda model, images: torch.export.export(model, (images,), strict=False).module(),
+    "compile": lambda model, _: torch.compile(model, backend="eager", fullgraph=True),
+    "jit": jit_trace,
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS.values(), ids=TRACERS)
+@pytest.mark.parametrize("bias", ["shared_bias", "own_biases", "no_bias"])
+def test_traced_graphs_weigh_prompts_and_image_alike(bias: str, tracer: Callable[[nn.Module, Tensor], Any]) -> None:
+    """There, transformers makes a boolean mask, which BEiT adds to its position bias."""
+    tiny = tiny_beit(**BIASES[bias])
+    model = Logits(tiny.prompted())
+    with torch.no_grad():
+        traced = tracer(model, tiny.pixel_values)(tiny.pixel_values)
+        torch.testing.assert_close(traced, model(tiny.pixel_values), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("use_mean_pooling", [True, False])

@@ -276,6 +276,14 @@ def check_compiles(family: Family) -> None:
 
 
 @each_family()
+@pytest.mark.thorough
+def test_an_exported_graph_agrees(family: Family) -> None:
+    vpt = family.prompted()
+    program: Any = torch.export.export(vpt, (), family.arguments(some_images()), strict=False).module()
+    assert difference(run(program, some_images(), family), run(vpt, some_images(), family)) < TOLERANCE
+
+
+@each_family()
 def test_a_model_in_bfloat16_agrees_up_to_its_precision(family: Family) -> None:
     config = {"layers_to_transform": [0, 1], **family.ends}  # both routes
     expected = run(family.prompted(**config), some_images(), family)

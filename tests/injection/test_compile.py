@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.models import BUILDERS, logits
-from packaging.version import Version
 from torch._dynamo.utils import counters
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -47,8 +45,6 @@ def test_a_compiled_model_compiles_once_for_several_calls_and_threads(
     kind: str, config: dict[str, Any], backend: str
 ) -> None:
     tiny = BUILDERS[kind]()
-    if kind == "beit" and Version(transformers.__version__) < Version("5.23"):
-        tiny.model.set_attn_implementation("eager")  # its mask for sdpa is boolean, and compiled a bias of 1
     vpt = tiny.prompted(**config)
     compiled = torch.compile(vpt, fullgraph=True, backend=backend)
     counters.clear()

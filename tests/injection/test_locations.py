@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.invariants import assert_unchanged, on_backbones, snapshot, train_a_little
 from helpers.models import (
     SEGMENTERS,
@@ -23,7 +22,6 @@ from helpers.models import (
     tiny_swin,
     tiny_vit,
 )
-from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import ViTConfig, ViTForMaskedImageModeling
 
@@ -271,8 +269,6 @@ def test_lower_precision_gives_nearly_the_same(tiny: Tiny, config: dict[str, Any
 @on_backbones({name: LOCATIONS[name] for name in ("add", "pixel", "border", "channel")}, ("add",))
 @pytest.mark.heavy
 def test_compiled_graphs_have_no_breaks(tiny: Tiny, config: dict[str, Any]) -> None:
-    if tiny.name == "beit" and Version(transformers.__version__) < Version("5.23"):
-        tiny.model.set_attn_implementation("eager")  # its mask for sdpa is boolean, and compiled a bias of 1
     vpt, fit = prompted(tiny, **config)
     vpt.train()
     compiled = torch.compile(vpt, fullgraph=True, dynamic=False, backend="aot_eager")

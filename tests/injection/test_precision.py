@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.invariants import on_backbones
 from helpers.models import Tiny, assert_same, gradients, logits, loss_and_gradients, saved_bytes
-from packaging.version import Version
 from torch._dynamo.utils import counters
 
 from vpt_peft import PromptConfig, RouteError, VPTModel
@@ -99,10 +97,6 @@ def test_half_precision_backbones(tiny: Tiny, config: dict[str, Any], dtype: tor
 def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change(
     tiny: Tiny, config: dict[str, Any]
 ) -> None:
-    if tiny.name == "beit" and Version(transformers.__version__) < Version("5.23"):
-        tiny.model.set_attn_implementation(
-            "eager"
-        )  # compiled, its mask for sdpa is boolean, and counted as a bias of 1
     vpt = tiny.prompted(**config).train()
     compiled = torch.compile(vpt, fullgraph=True, dynamic=False, backend="aot_eager")
     counters.clear()

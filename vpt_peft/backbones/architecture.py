@@ -106,6 +106,8 @@ class Architecture:
             ``reduction``; None in the last stage.
         eager_masks: the family's eager attention takes masks; False: with it, adapters that have different numbers of
             prompts cannot be mixed in a batch.
+        biased_masks: whether the encoder adds position biases to its attention mask, as a function of the encoder;
+            None: it does not.
         key_value_only: why a layer has no outputs for prompts, as a clause; prompts act as keys and values only. None:
             it has them.
         batch_first: all linear layers are applied to images along the first dimension; False: adapters with different
@@ -158,6 +160,7 @@ class Architecture:
     blocks: str | None = None
     merging: str | None = None
     eager_masks: bool = True
+    biased_masks: Callable[[Any], bool] | None = None
     key_value_only: str | None = None
     batch_first: bool = True
     overwrites_settings: bool = False

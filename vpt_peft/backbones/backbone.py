@@ -241,6 +241,12 @@ class Backbone:
         return attrgetter(path)(self.model) if path else None
 
     @property
+    def biased_masks(self) -> bool:
+        """Whether the encoder adds position biases to its attention mask."""
+        biased = self.architecture.biased_masks
+        return biased is not None and biased(self.encoder)
+
+    @property
     def wrapped(self) -> Any:
         """The model of another library inside of the model; None if there is none."""
         wrapped = self.architecture.wrapped

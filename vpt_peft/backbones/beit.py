@@ -12,6 +12,11 @@ def _num_layers_read(model: Any) -> int:
     return max((index - 1) % (len(model.beit.layers) + 1) for index in model.config.out_indices)
 
 
+def _has_position_biases(encoder: Any) -> bool:
+    biases = encoder.shared_position_bias, *(layer.relative_position_bias for layer in encoder.layers)
+    return any(bias is not None for bias in biases)
+
+
 register_architecture(
     Architecture(
         model_type="beit",
@@ -33,5 +38,6 @@ register_architecture(
         attention_scale="lambda_1",
         mlp_scale="lambda_2",
         unused=("relative_position_bias",),
+        biased_masks=_has_position_biases,
     )
 )

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.utils.import_utils import is_tracing
 
+from ..backbones import Backbone
 from ..errors import RouteError
 
 
@@ -37,6 +39,15 @@ def pad_mask(mask: Any, key: Tensor, num_prompts: int, pad_queries: bool, valid_
             mask = torch.cat([mask, _visible_to_any(mask).expand(*mask.shape[:-2], num_prompts, -1)], dim=-2)
         mask = nn.functional.pad(mask, (0, num_prompts), value=1.0 if mask.dtype == torch.bool else 0.0)
     return mask if valid_mask is None else _mask_padding(mask, key, valid_mask)
+
+
+def adds_boolean_mask(backbone: Backbone, mask: Any) -> bool:
+    """Whether an encoder that is given this mask would add a boolean one to its position biases.
+
+    transformers makes such a mask, True for all image tokens, while a graph is traced. The bias of 1 changes nothing
+    among image tokens, but prompts would have none.
+    """
+    return mask is None and is_tracing() and backbone.biased_masks
 
 
 def _mask_padding(mask: Tensor | None, key: Tensor, valid_mask: Tensor) -> Tensor:

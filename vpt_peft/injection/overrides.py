@@ -17,6 +17,7 @@ from ..backbones import Backbone
 from ..errors import RouteError
 from .context import AdapterBatch, ForwardContext, activate, activate_alone, current_forward
 from .locations import enter_image, project_with_channels
+from .masks import adds_boolean_mask
 from .prompt_batch import select_by_task
 
 
@@ -89,6 +90,8 @@ class EntryOverride(ForwardOverride):
             architecture = self.backbone.architecture
             kwargs[architecture.input_name] = enter_image(context, kwargs[architecture.input_name])
             context.token_mask = kwargs.get(architecture.token_mask or "")
+        if self.module is self.backbone.encoder and adds_boolean_mask(self.backbone, kwargs.get("attention_mask")):
+            kwargs["attention_mask"] = self.backbone.layers[0].part("norm").weight.new_zeros(1, 1, 1, 1)
         output = self.forward(*args, **kwargs)
         if self.module is self.backbone.encoder and self.backbone.head.tokens is None and context.pools_tokens:
             context.last_hidden_state = output.last_hidden_state
