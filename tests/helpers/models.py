@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,11 +149,18 @@ def step(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
     return output.logits.detach(), gradients(vpt)
 
 
-def loss_and_gradients(vpt: VPTModel, tiny: Tiny) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one training step, dropout drawn alike each time."""
+def loss_and_gradients(
+    vpt: VPTModel, tiny: Tiny, compiled: Callable[..., Any] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one training step, dropout drawn alike each time.
+
+    Args:
+        compiled: the compiled model, which is called in place of the model itself.
+    """
     torch.manual_seed(2)
     vpt.zero_grad()
-    loss = vpt(tiny.pixel_values, labels=tiny.labels).loss
+    call = vpt if compiled is None else compiled
+    loss = call(tiny.pixel_values, labels=tiny.labels).loss
     loss.backward()
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.invariants import on_backbones
-from helpers.models import Tiny, assert_same, gradients, logits, loss_and_gradients, saved_bytes
+from helpers.models import Tiny, assert_same, logits, loss_and_gradients, saved_bytes
 from torch._dynamo.utils import counters
 
 from vpt_peft import PromptConfig, RouteError, VPTModel
@@ -102,7 +102,7 @@ def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change
     counters.clear()
     for _ in range(2):
         loss, expected = loss_and_gradients(vpt, tiny)
-        compiled_loss, ours = _compiled_step(compiled, vpt, tiny)
+        compiled_loss, ours = loss_and_gradients(vpt, tiny, compiled)
         torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
         assert_same(ours, expected, 1e-5)
         with torch.no_grad():
@@ -111,19 +111,12 @@ def test_compiled_graphs_have_no_breaks_and_do_not_recompile_when_prompts_change
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-def _compiled_step(compiled: Any, vpt: VPTModel, tiny: Tiny) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    vpt.zero_grad()
-    loss = compiled(tiny.pixel_values, labels=tiny.labels).loss
-    loss.backward()
-    return loss.detach(), {name: gradient.clone() for name, gradient in gradients(vpt).items()}
-
-
 @pytest.mark.parametrize("kind", ["token", "prefix"])
 @pytest.mark.heavy
 def test_the_default_compiler(vit: Tiny, kind: str) -> None:
     vpt = vit.prompted(kind=kind).train()
-    loss, expected = _compiled_step(vpt, vpt, vit)
-    compiled_loss, ours = _compiled_step(torch.compile(vpt, fullgraph=True, dynamic=False), vpt, vit)
+    loss, expected = loss_and_gradients(vpt, vit)
+    compiled_loss, ours = loss_and_gradients(vpt, vit, torch.compile(vpt, fullgraph=True, dynamic=False))
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
     assert_same(ours, expected, 1e-5)
 
@@ -185,7 +178,7 @@ def test_gradient_checkpointing_where_it_breaks_a_compiled_graph(vit: Tiny, conf
     vpt = _stirred(vit.prompted(**config)).train()
     loss, expected = loss_and_gradients(vpt, vit)
     vpt.gradient_checkpointing_enable()
-    compiled_loss, ours = _compiled_step(torch.compile(vpt, backend="aot_eager"), vpt, vit)
+    compiled_loss, ours = loss_and_gradients(vpt, vit, torch.compile(vpt, backend="aot_eager"))
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=0)
     assert_same(ours, expected, 1e-5)
 

@@ -47,7 +47,7 @@ def adds_boolean_mask(backbone: Backbone, mask: Any) -> bool:
     transformers makes such a mask, True for all image tokens, while a graph is traced. The bias of 1 changes nothing
     among image tokens, but prompts would have none.
     """
-    return mask is None and is_tracing() and backbone.biased_masks
+    return mask is None and backbone.biased_masks and is_tracing()
 
 
 def _mask_padding(mask: Tensor | None, key: Tensor, valid_mask: Tensor) -> Tensor:
